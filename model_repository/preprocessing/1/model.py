@@ -1,0 +1,3 @@
+from python_backend.preprocessing import PreprocessingModel as TritonPythonModel
+
+__all__ = ["TritonPythonModel"]

@@ -1,0 +1,291 @@
+"""One client call, parsed: the request for the scheduler, and what the client wants back."""
+
+import difflib
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from python_backend.tensors import INPUTS
+from specserve.config import Config, LimitsConfig
+from specserve.request import SLO, Request
+from specserve.sampling_params import MAX_SEED, SamplingParams
+
+Tensors = Mapping[str, NDArray[Any]]
+DRAFT_SOURCES = ("auto", "model", "none")
+_REFUSALS = {spec.name: spec.refuse for spec in INPUTS if spec.refuse}
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A parsed call.
+
+    Attributes:
+        prefix: what the text starts with: the prompt, unless it is excluded.
+    """
+
+    request: Request
+    stop_words: list[str]
+    stream: bool
+    prefix: str
+    return_log_probs: bool
+    return_perf_metrics: bool
+    return_num_input_tokens: bool
+    return_num_output_tokens: bool
+
+
+class CallParser:
+    """Read tensors with the limits, the tokenizer and the end token of one server.
+
+    Args:
+        end_id: what ends an output unless a request says otherwise; None is nothing.
+    """
+
+    def __init__(
+        self, config: Config, tokenizer: Tokenizer, vocab_size: int, end_id: int | None
+    ) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._end_id = end_id
+
+    def __call__(self, tensors: Tensors, parameters: str, request_id: str) -> Call:
+        """Parse one call.
+
+        Args:
+            tensors: with a leading batch dimension of 1.
+            parameters: the request's parameters as JSON.
+
+        Raises:
+            ValueError: with the value, the limit and the fix.
+        """
+        _refuse_typos(parameters)
+        for name, array in tensors.items():
+            if array.shape[:1] != (1,):
+                raise ValueError(
+                    f"{name} has shape {list(array.shape)}: one request per call, shape [1, ...]"
+                )
+            reason = _REFUSALS[name](array) if name in _REFUSALS else None
+            if reason:
+                raise ValueError(f"{name}: {reason}")
+        read = Reader(tensors, self._config.limits)
+        text, prompt_token_ids = self._prompt(read)
+        request = Request(
+            prompt_token_ids=prompt_token_ids,
+            max_tokens=read.required_int("max_tokens"),
+            sampling=self._sampling(read),
+            request_id=request_id,
+            slo=SLO(read.seconds("slo_ttft_ms"), read.seconds("slo_tpot_ms")),
+            max_draft_tokens=self._max_draft_tokens(read),
+            num_draft_tokens=read.count("num_draft_tokens"),
+        )
+        read.text("priority_class")
+        exclude = read.flag(
+            "exclude_input_in_output", self._config.server.exclude_input_in_output
+        )
+        stream = read.flag("stream", False)
+        return Call(
+            request=request,
+            stop_words=read.words("stop_words"),
+            stream=stream,
+            prefix="" if exclude or stream else text,
+            return_log_probs=request.sampling.return_log_probs,
+            return_perf_metrics=read.flag("return_perf_metrics", False),
+            return_num_input_tokens=read.flag("return_num_input_tokens", False),
+            return_num_output_tokens=read.flag("return_num_output_tokens", False),
+        )
+
+    def _prompt(self, read: "Reader") -> tuple[str, list[int]]:
+        if "input_ids" in read:
+            token_ids = [int(token_id) for token_id in read.array("input_ids")]
+            self._check_ids("input_ids", token_ids)
+            text = read.text("text_input")
+            return self._tokenizer.decode(token_ids) if text is None else text, token_ids
+        text = read.text("text_input")
+        if text is None:
+            raise ValueError("text_input is missing: give the prompt")
+        return text, encode_prompt(self._tokenizer, text, self._config.limits)
+
+    def _sampling(self, read: "Reader") -> SamplingParams:
+        top_k = read.integer("top_k", 0)
+        top_p = read.number("top_p", 1.0)
+        default = 1.0 if top_k > 1 or "top_p" in read or "min_p" in read else 0.0
+        end_id = read.integer("end_id", -1 if self._end_id is None else self._end_id)
+        if end_id >= 0:
+            self._check_ids("end_id", [end_id])
+        seed = read.either("random_seed", "seed")
+        return SamplingParams(
+            logit_bias=self._logit_bias(read),
+            min_tokens=read.either("min_length", "min_tokens") or 0,
+            bad_words=self._bad_words(read),
+            repetition_penalty=read.number("repetition_penalty", 1.0),
+            presence_penalty=read.number("presence_penalty", 0.0),
+            frequency_penalty=read.number("frequency_penalty", 0.0),
+            temperature=read.number("temperature", default),
+            min_p=read.number("min_p", 0.0),
+            top_k=top_k,
+            top_p=top_p,
+            seed=secrets.randbelow(MAX_SEED) if seed is None else seed,
+            end_id=end_id if end_id >= 0 else None,
+            return_log_probs=read.flag("return_log_probs", False),
+        )
+
+    def _logit_bias(self, read: "Reader") -> tuple[tuple[int, float], ...]:
+        words = read.words("embedding_bias_words")
+        weights = read.array("embedding_bias_weights").tolist()
+        if len(words) != len(weights):
+            raise ValueError(
+                f"embedding_bias_words has {len(words)} entries and embedding_bias_weights "
+                f"{len(weights)}: give one weight for each word"
+            )
+        bias = tuple(
+            (token_id, float(weight))
+            for word, weight in zip(words, weights, strict=True)
+            for token_id in self._encode_word(word)
+        )
+        limit = self._config.limits.max_logit_bias
+        if len(bias) > limit:
+            raise ValueError(
+                f"embedding_bias_words are {len(bias)} tokens: the limit is {limit}, give fewer"
+            )
+        return bias
+
+    def _bad_words(self, read: "Reader") -> tuple[tuple[int, ...], ...]:
+        """Tokenize each word as it stands and after a space, which byte-level BPE tells apart."""
+        variants = [v for w in read.words("bad_words") if w for v in (w, f" {w.lstrip()}")]
+        return tuple(dict.fromkeys(tuple(self._encode_word(word)) for word in variants))
+
+    def _encode_word(self, word: str) -> list[int]:
+        token_ids: list[int] = self._tokenizer.encode(word, add_special_tokens=False).ids
+        return token_ids
+
+    def _max_draft_tokens(self, read: "Reader") -> int | None:
+        source = read.text("draft_source") or "auto"
+        if source not in DRAFT_SOURCES:
+            raise ValueError(f"draft_source is '{source}': known are {', '.join(DRAFT_SOURCES)}")
+        return 0 if source == "none" else read.count("max_draft_tokens")
+
+    def _check_ids(self, name: str, token_ids: list[int]) -> None:
+        wrong = next((t for t in token_ids if not 0 <= t < self._vocab_size), None)
+        if wrong is not None:
+            raise ValueError(f"{name} has {wrong}: token ids are in [0, {self._vocab_size})")
+
+
+class Reader:
+    """Typed access to a call's tensors; absent or empty ones give the default."""
+
+    def __init__(self, tensors: Tensors, limits: LimitsConfig) -> None:
+        self._tensors = tensors
+        self._limits = limits
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors and self._tensors[name].size > 0
+
+    def array(self, name: str) -> NDArray[Any]:
+        """Return the flat values, empty if absent."""
+        return self._tensors[name].reshape(-1) if name in self else np.empty(0)
+
+    def integer(self, name: str, default: int) -> int:
+        """Return a whole number."""
+        return int(self._one(name)) if name in self else default
+
+    def number(self, name: str, default: float) -> float:
+        """Return a number as the client wrote it: FP32 .7 is .7, not .699999988."""
+        return float(str(self._one(name))) if name in self else default
+
+    def flag(self, name: str, default: bool) -> bool:
+        """Return a truth value."""
+        return bool(self._one(name)) if name in self else default
+
+    def count(self, name: str) -> int | None:
+        """Return a number of at least 0, or None if absent."""
+        if name not in self:
+            return None
+        value = self.integer(name, 0)
+        if value < 0:
+            raise ValueError(f"{name} is {value}: must be at least 0")
+        return value
+
+    def required_int(self, name: str) -> int:
+        """Return a whole number that must be there."""
+        if name not in self:
+            raise ValueError(f"{name} is missing: it is required")
+        return self.integer(name, 0)
+
+    def either(self, old: str, new: str) -> int | None:
+        """Return the value under either spelling, or None."""
+        if old in self and new in self and self._one(old) != self._one(new):
+            raise ValueError(f"{old} and {new} are two spellings of one thing: give one of them")
+        name = old if old in self else new
+        return self.integer(name, 0) if name in self else None
+
+    def seconds(self, name: str) -> float | None:
+        """Return milliseconds as seconds, or None."""
+        if name not in self:
+            return None
+        value = self.number(name, 0.0)
+        if not 0.0 < value < float("inf"):
+            raise ValueError(f"{name} is {value}: must be above 0 and finite, in milliseconds")
+        return value / 1000.0
+
+    def text(self, name: str) -> str | None:
+        """Return a string, or None."""
+        return decode_text(self._one(name), name, self._limits) if name in self else None
+
+    def words(self, name: str) -> list[str]:
+        """Return a list of strings within the limits."""
+        values = self.array(name).tolist()
+        limits = self._limits
+        if len(values) > limits.max_words:
+            raise ValueError(f"{name} has {len(values)} entries: the limit is {limits.max_words}")
+        for value in values:
+            if len(value) > limits.max_word_bytes:
+                raise ValueError(
+                    f"{name} has an entry of {len(value)} bytes: the limit is "
+                    f"{limits.max_word_bytes}"
+                )
+        return [decode_text(value, name, limits) for value in values]
+
+    def _one(self, name: str) -> Any:
+        values = self._tensors[name].reshape(-1)
+        if len(values) != 1:
+            raise ValueError(f"{name} has {len(values)} values: give one")
+        return values[0]
+
+
+def decode_text(value: bytes, name: str, limits: LimitsConfig) -> str:
+    """Decode UTF-8 within the size limit."""
+    if len(value) > limits.max_text_bytes:
+        raise ValueError(f"{name} has {len(value)} bytes: the limit is {limits.max_text_bytes}")
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name} is not UTF-8: byte {value[error.start]:#04x} at position {error.start}"
+        ) from None
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, limits: LimitsConfig) -> list[int]:
+    """Tokenize a prompt.
+
+    Raises:
+        ValueError: if nothing is in it.
+    """
+    token_ids: list[int] = tokenizer.encode(text).ids
+    if not token_ids:
+        raise ValueError("text_input is empty: the prompt needs at least one token")
+    return token_ids
+
+
+def _refuse_typos(parameters: str) -> None:
+    """Refuse a request parameter that is nearly the name of a tensor: HTTP sends typos that way."""
+    names = [spec.name for spec in INPUTS]
+    for name in json.loads(parameters or "{}"):
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.85)
+        if near:
+            raise ValueError(f"unknown parameter '{name}': did you mean '{near[0]}'?")

@@ -1,0 +1,65 @@
+"""The `draft` and `target` models: an engine in a process of its own, one call per step."""
+
+import logging
+import time
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from specserve import engines
+from specserve.config import load_config
+from specserve.engines import wire
+
+logger = logging.getLogger(__name__)
+
+
+class _EngineModel:
+    """What both roles share: one ragged step per call, errors as responses, time measured inside."""
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Answer each request; a failure is answered, not raised."""
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Any) -> Any:
+        try:
+            arrays = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+            started = time.perf_counter()
+            outputs = self.run(arrays)
+            engine_s = np.array([time.perf_counter() - started], dtype=np.float32)
+            tensors = {**outputs, "engine_s": engine_s}
+            return pb_utils.InferenceResponse([pb_utils.Tensor(n, a) for n, a in tensors.items()])
+        except Exception as error:
+            logger.exception("engine call failed")
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
+
+    def run(self, arrays: wire.Arrays) -> wire.Arrays:
+        """Decode, run, encode."""
+        raise NotImplementedError
+
+
+class DraftModel(_EngineModel):
+    """Hosts the draft engine."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the engine that the configuration names."""
+        self._engine = engines.make_draft_engine(load_config())
+
+    def run(self, arrays: wire.Arrays) -> wire.Arrays:
+        """Run the draft loop of one step."""
+        return wire.encode_drafts(self._engine.draft(wire.decode_draft_request(arrays)))
+
+
+class TargetModel(_EngineModel):
+    """Hosts the target engine."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the engine that the configuration names."""
+        self._engine = engines.make_target_engine(load_config())
+        self._decode = wire.VerifyDecoder()
+
+    def run(self, arrays: wire.Arrays) -> wire.Arrays:
+        """Verify one step."""
+        batch, chosen, released = self._decode(arrays)
+        self._engine.release(released)
+        return wire.encode_verified(self._engine.verify(batch, chosen))

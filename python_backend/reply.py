@@ -1,0 +1,126 @@
+"""One client's side of a request: text, responses, final flag."""
+
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from python_backend.call import Call
+from specserve.request import FinishReason, Request
+from specserve.scheduler import StepOutput
+from specserve.text import TextStream
+
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+class Reply:
+    """Turn step outputs into responses: one per step when streaming, else one at the end.
+
+    The final flag is sent exactly once, whatever happens.
+    """
+
+    def __init__(self, call: Call, sender: Any, tokenizer: Tokenizer) -> None:
+        self.call = call
+        self.is_done = False
+        self._sender = sender
+        self._text = TextStream(tokenizer, call.stop_words)
+        self._pending = call.prefix
+        self._log_probs: list[float] = []
+        self._sum_log_probs = 0.0
+
+    @property
+    def request(self) -> Request:
+        """The scheduler's request."""
+        return self.call.request
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens behind the text, up to a stop word."""
+        return self._text.num_tokens
+
+    def push(self, output: StepOutput) -> FinishReason | None:
+        """Take one step's tokens; respond if there is something to say.
+
+        Returns:
+            Why the request ended with this step, or None.
+        """
+        before = self._text.num_tokens
+        self._pending += self._text.push(output.token_ids)
+        log_probs = output.log_probs[: self._text.num_tokens - before]
+        self._log_probs += log_probs
+        self._sum_log_probs += sum(log_probs)
+        reason = FinishReason.STOP_WORD if self._text.is_stopped else output.finish_reason
+        if reason is not None:
+            self._pending += self._text.finish()
+            self._send(reason)
+        elif self.call.stream and self._pending:
+            self._send(None)
+        return reason
+
+    def cancel(self) -> bool:
+        """Send the final flag if the client has gone; return whether it has."""
+        if not self.is_done and self._sender.is_cancelled():
+            self.is_done = True
+            self._sender.send(flags=FINAL)
+        return self.is_done
+
+    def fail(self, message: str, code: int) -> None:
+        """End with an error."""
+        if not self.is_done:
+            self.is_done = True
+            send_error(self._sender, message, code)
+
+    def _send(self, reason: FinishReason | None) -> None:
+        tensors = {"text_output": np.array([[self._pending.encode()]], dtype=object)}
+        if self.call.return_log_probs:
+            tensors["cum_log_probs"] = _floats(self._sum_log_probs)
+            tensors["output_log_probs"] = np.array([[self._log_probs]], dtype=np.float32)
+        if reason is not None:
+            tensors |= self._summary()
+        self._pending, self._log_probs = "", []
+        self.is_done = reason is not None
+        response = pb_utils.InferenceResponse(
+            [pb_utils.Tensor(name, array) for name, array in tensors.items()]
+        )
+        self._sender.send(response, flags=FINAL if self.is_done else 0)
+
+    def _summary(self) -> dict[str, NDArray[Any]]:
+        """Return what the last response adds, if the client asked for it."""
+        request, tensors = self.request, {}
+        if self.call.return_num_input_tokens:
+            tensors["num_input_tokens"] = _int(request.num_prompt_tokens)
+        if self.call.return_num_output_tokens:
+            tensors["num_output_tokens"] = _int(self.num_output_tokens)
+        if self.call.return_perf_metrics:
+            verified = request.num_verified_tokens
+            rate = request.num_accepted_tokens / verified if verified else 0.0
+            tensors |= {
+                "acceptance_rate": _floats(rate),
+                "total_accepted_draft_tokens": _int(request.num_accepted_tokens),
+                "total_draft_tokens": _int(verified),
+                "arrival_time_ns": _nanoseconds(request.arrival_s),
+                "first_scheduled_time_ns": _nanoseconds(request.first_scheduled_s),
+                "first_token_time_ns": _nanoseconds(request.first_token_s),
+                "last_token_time_ns": _nanoseconds(request.last_token_s),
+            }
+        return tensors
+
+
+def send_error(sender: Any, message: str, code: int) -> None:
+    """Answer with an error and the final flag."""
+    error = pb_utils.TritonError(message, code)
+    sender.send(pb_utils.InferenceResponse(error=error), flags=FINAL)
+
+
+def _int(value: int) -> NDArray[np.int32]:
+    return np.array([[value]], dtype=np.int32)
+
+
+def _floats(value: float) -> NDArray[np.float32]:
+    return np.array([[value]], dtype=np.float32)
+
+
+def _nanoseconds(seconds: float | None) -> NDArray[np.int64]:
+    return np.array([[round((seconds or 0.0) * 1e9)]], dtype=np.int64)

@@ -1,0 +1,130 @@
+"""The thread that answers clients while the next step runs: text, cancellation, metrics."""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+import triton_python_backend_utils as pb_utils
+
+from python_backend.reply import Reply
+from specserve.loop import Loop
+from specserve.request import FinishReason, Request
+from specserve.scheduler import StepOutput
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.01  # how often, at most, each client is asked whether it has gone
+
+
+class Responder:
+    """Owns the replies of all unfinished requests; everything but `add` runs in its own thread.
+
+    Args:
+        tick: called about every `POLL_S` seconds, for metrics.
+    """
+
+    def __init__(self, tick: Callable[[], None]) -> None:
+        self._replies: dict[int, Reply] = {}
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._tick = tick
+        self._next_poll = 0.0
+        self._thread = threading.Thread(target=self._run, name="specserve-responder", daemon=True)
+
+    def start(self, loop: Loop) -> None:
+        """Start answering for `loop`."""
+        self._loop = loop
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Answer what is queued, fail what is unfinished, end the thread."""
+        self._queue.put(None)
+        self._thread.join()
+        for reply in self._replies.values():
+            reply.fail("the server is shutting down: try again", pb_utils.TritonError.UNAVAILABLE)
+
+    def add(self, reply: Reply) -> None:
+        """Register a reply; from any thread, before its request is submitted."""
+        self._replies[reply.request.key] = reply
+
+    def remove(self, reply: Reply) -> None:
+        """Forget a reply whose request was refused."""
+        self._replies.pop(reply.request.key, None)
+
+    def put(self, outputs: list[StepOutput]) -> None:
+        """Queue a step's outputs; from any thread."""
+        self._queue.put(lambda: self._push(outputs))
+
+    def put_failure(self, requests: list[Request], error: Exception) -> None:
+        """Queue the failure of requests; from any thread."""
+        self._queue.put(lambda: self._fail(requests))
+
+    def cancel(self, request_id: str) -> None:
+        """Queue the cancellation of every request with this client's id; from any thread."""
+        self._queue.put(lambda: self._cancel(request_id))
+
+    def _run(self) -> None:
+        while True:
+            try:
+                action = self._queue.get(timeout=POLL_S)
+            except queue.Empty:
+                action = self._nothing
+            if action is None:
+                return
+            try:
+                action()
+                self._poll()
+            except Exception:
+                logger.exception("answering a client failed")
+
+    def _nothing(self) -> None:
+        pass
+
+    def _push(self, outputs: list[StepOutput]) -> None:
+        for output in outputs:
+            reply = self._replies.get(output.request.key)
+            if reply is None:  # cancelled, or ended at a stop word while this step ran
+                continue
+            reason = reply.push(output)
+            if reason is not None:
+                self._end(reply, reason)
+
+    def _poll(self) -> None:
+        now = time.monotonic()
+        if now < self._next_poll:
+            return
+        for reply in list(self._replies.values()):
+            if reply.cancel():
+                self._end(reply, FinishReason.CANCELLED)
+        self._tick()
+        self._next_poll = time.monotonic() + POLL_S
+
+    def _cancel(self, request_id: str) -> None:
+        for reply in list(self._replies.values()):
+            if reply.request.request_id == request_id:
+                reply.fail("cancelled by a stop request", pb_utils.TritonError.CANCELLED)
+                self._end(reply, FinishReason.CANCELLED)
+
+    def _fail(self, requests: list[Request]) -> None:
+        for request in requests:
+            reply = self._replies.get(request.key)
+            if reply is not None:
+                reply.fail("a step failed: try again", pb_utils.TritonError.UNAVAILABLE)
+                self._end(reply, FinishReason.ERROR)
+
+    def _end(self, reply: Reply, reason: FinishReason) -> None:
+        request = reply.request
+        del self._replies[request.key]
+        if reason in (FinishReason.STOP_WORD, FinishReason.CANCELLED):
+            self._loop.abort(request.key, reason)
+        logger.info(
+            "request %d '%s' %s: %d prompt, %d output, %d/%d drafts accepted",
+            request.key,
+            request.request_id,
+            reason.value,
+            request.num_prompt_tokens,
+            reply.num_output_tokens,
+            request.num_accepted_tokens,
+            request.num_verified_tokens,
+        )

@@ -1,0 +1,201 @@
+"""The configuration tree: frozen, strict, read once from a TOML file.
+
+Owns defaults, types and the meaning of `--set section.key=value`. Must not know what the values do.
+"""
+
+import dataclasses
+import difflib
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+CONFIG_ENV = "SPECSERVE_CONFIG"
+DEMO_PAIR = Path(__file__).resolve().parent.parent / "build_engines" / "demo_pair" / "openvino"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Which engine runs the pair, and how.
+
+    Attributes:
+        name: an entry of `specserve.engines.ENGINES`.
+        dir: folder with `target/` and `draft/`, each an engine folder with a manifest.
+        precision: arithmetic of the forward pass, `f32` or `bf16`. In f32, greedy output does not
+            depend on what else is in the batch; bf16 is faster and may flip an argmax tie.
+        num_threads: CPU threads of each engine; 0 takes all cores.
+        block_size: token slots of a KV block; the CPU kernels support 32.
+    """
+
+    name: str = "openvino"
+    dir: str = str(DEMO_PAIR)
+    precision: str = "f32"
+    num_threads: int = 0
+    block_size: int = 32
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of a step and of the memory behind it.
+
+    Attributes:
+        max_num_seqs: rows of a step.
+        max_num_batched_tokens: target tokens of a step, base and draft together.
+        prefill_chunk_tokens: prompt tokens of a step, all rows together.
+        kv_cache_tokens: token slots of each engine's KV cache.
+        max_seq_len: prompt and output tokens of a request; 0 takes the engine's own limit.
+    """
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    prefill_chunk_tokens: int = 256
+    kv_cache_tokens: int = 32768
+    max_seq_len: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyConfig:
+    """How much to draft.
+
+    Attributes:
+        name: an entry of `specserve.policies.POLICIES`.
+        num_draft_tokens: draft length of the `fixed` policy.
+        max_draft_tokens: hard cap per row and step, for every policy.
+        min_survival: `adaptive` stops a row when the calibrated probability that its whole draft
+            is accepted falls below this.
+    """
+
+    name: str = "adaptive"
+    num_draft_tokens: int = 4
+    max_draft_tokens: int = 8
+    min_survival: float = 0.35
+
+
+@dataclass(frozen=True, slots=True)
+class LimitsConfig:
+    """What one request may ask for."""
+
+    max_text_bytes: int = 1_048_576
+    max_words: int = 64
+    max_word_bytes: int = 1024
+    max_logit_bias: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """Behaviour at the edge.
+
+    Attributes:
+        exclude_input_in_output: default of the tensor of that name.
+        draft_retry_s: after a failure of the draft engine, wait this long before trying it again.
+    """
+
+    exclude_input_in_output: bool = True
+    draft_retry_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The whole tree."""
+
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+
+
+def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file and apply `section.key=value` overrides on top.
+
+    Args:
+        path: None reads the file that the environment variable SPECSERVE_CONFIG names, if any.
+
+    Raises:
+        ValueError: unknown key (naming the nearest valid one), wrong type, or bad TOML.
+    """
+    if path is None and os.environ.get(CONFIG_ENV):
+        path = Path(os.environ[CONFIG_ENV])
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"cannot read config file {path}: {error.strerror}") from error
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path} is not valid TOML: {error}") from error
+    for override in overrides:
+        _apply_override(tree, override)
+    return build(Config, tree, "config")
+
+
+def dump_config(config: Config) -> str:
+    """Write the tree as TOML that `load_config` reads back to an equal tree."""
+    lines: list[str] = []
+    for section in dataclasses.fields(config):
+        lines.append(f"[{section.name}]")
+        values = getattr(config, section.name)
+        lines += [
+            f"{f.name} = {_toml(getattr(values, f.name))}" for f in dataclasses.fields(values)
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def build(cls: type[T], tree: Mapping[str, Any], where: str) -> T:
+    """Make a dataclass from a mapping, refusing unknown keys and wrong types.
+
+    Raises:
+        ValueError: naming the key, the nearest valid one, or the expected type.
+    """
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in tree.items():
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)[0]
+            raise ValueError(f"unknown key '{key}' in {where}: did you mean '{near}'?")
+        values[key] = _convert(hints[key], value, f"{where}.{key}")
+    return cls(**values)
+
+
+def _convert(expected: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(expected) and isinstance(expected, type):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} is {value!r}, expected a table")
+        return build(expected, value, where)
+    if typing.get_origin(expected) in (typing.Union, types.UnionType):
+        expected = typing.get_args(expected)
+    else:
+        expected = (expected,)
+    if float in expected and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if isinstance(value, bool) and bool not in expected or not isinstance(value, expected):
+        names = " or ".join(kind.__name__ for kind in expected)
+        raise ValueError(f"{where} is {value!r}, expected {names}")
+    return value
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    section, dot, key = name.partition(".")
+    if not (separator and dot):
+        raise ValueError(f"override '{override}' is not of the form section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare string, as one writes it in a shell
+    tree.setdefault(section, {})[key] = value
+
+
+def _toml(value: bool | int | float | str) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return repr(value)

@@ -1,0 +1,63 @@
+"""The step: schedule -> draft -> select -> verify -> commit. The file to read first."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from specserve.batch import Batch, Draft, StepRecord
+from specserve.engines import DraftEngine, TargetEngine
+from specserve.policies import Policy
+from specserve.scheduler import Scheduler, StepOutput
+from specserve.stats import Stats
+
+T = TypeVar("T")
+Clock = Callable[[], float]
+
+
+class SpecServe:
+    """One scheduler, one policy, two engines, one clock in seconds."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        policy: Policy,
+        draft_engine: DraftEngine,
+        target_engine: TargetEngine,
+        clock: Clock,
+    ) -> None:
+        self.scheduler = scheduler
+        self.policy = policy
+        self.draft_engine = draft_engine
+        self.target_engine = target_engine
+        self.clock = clock
+        self.stats = Stats()
+
+    def step(self) -> list[StepOutput]:
+        """Advance every scheduled request; return what each of them got."""
+        started = self.clock()
+        batch = self.scheduler.schedule(started)  # base tokens for every row; a draft plan
+        self._release()
+        drafts, draft_s = self._timed(lambda: self.draft_engine.draft(batch))
+        chosen = self._select(batch, drafts)  # which draft tokens the target will look at
+        outputs, verify_s = self._timed(lambda: self.target_engine.verify(batch, chosen))
+        now = self.clock()
+        results = self.scheduler.commit(batch, drafts, chosen, outputs, now)
+        record = StepRecord(batch, drafts, chosen, outputs, draft_s, verify_s)
+        self.policy.observe(record)
+        self.stats.add(record, self.clock() - started)
+        return results
+
+    def _timed(self, call: Callable[[], T]) -> tuple[T, float]:
+        started = self.clock()
+        result = call()
+        return result, self.clock() - started
+
+    def _select(self, batch: Batch, drafts: Sequence[Draft]) -> list[list[int]]:
+        """Cut each draft to the length the policy chose without having seen its tokens."""
+        lengths = self.policy.select(batch, [draft.confidences for draft in drafts])
+        return [draft.token_ids[:n] for draft, n in zip(drafts, lengths, strict=True)]
+
+    def _release(self) -> None:
+        keys = self.scheduler.take_released()
+        if keys:
+            self.draft_engine.release(keys)
+            self.target_engine.release(keys)

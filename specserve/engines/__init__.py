@@ -1,0 +1,105 @@
+"""Engines run a model and own its KV; they decide nothing.
+
+Tokens cross this line, tensors do not: ids, lengths and one confidence per draft token. Modules here
+share names with packages (`openvino`, `triton`): absolute imports only, and imported when chosen.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from specserve import manifest
+from specserve.batch import Batch, Draft, Verified
+from specserve.config import Config
+
+
+class DraftEngine(Protocol):
+    """Proposes tokens."""
+
+    def draft(self, batch: Batch) -> list[Draft]:
+        """Propose up to `max_draft_tokens` for each row, stopping by the batch's rule.
+
+        Feeds the tokens the draft has not seen first. Returns one draft per row, empty for rows
+        that may not draft. Writes KV through the rows' block tables.
+        """
+
+    def release(self, keys: Sequence[int]) -> None:
+        """Drop what is kept for these requests; unknown keys are ignored."""
+
+
+class TargetEngine(Protocol):
+    """Says what the served model says."""
+
+    def verify(self, batch: Batch, chosen: Sequence[Sequence[int]]) -> list[Verified]:
+        """Run base and chosen tokens in one pass; keep the longest draft prefix the target agrees with.
+
+        Args:
+            chosen: draft tokens of each row, possibly none; must be empty where `samples` is False.
+
+        Returns:
+            One result per row: num_accepted_tokens + 1 tokens where `samples`, else none. The output
+            is distributed as the target's own.
+        """
+
+    def release(self, keys: Sequence[int]) -> None:
+        """Drop what is kept for these requests; unknown keys are ignored."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the orchestrator must know of a pair."""
+
+    vocab_size: int
+    max_seq_len: int
+    num_blocks: int
+    block_size: int
+
+
+# Name -> module with `make_draft(config)` and `make_target(config)`.
+ENGINES = {"openvino": "specserve.engines.openvino"}
+
+
+def describe(config: Config) -> EngineInfo:
+    """Read the pair's manifests, check that draft and target fit each other, and size the KV cache.
+
+    Loads no framework, so a process that only schedules can call it.
+
+    Raises:
+        ValueError: unknown engine, or a pair that does not fit.
+    """
+    _module_name(config)
+    folder = Path(config.engine.dir)
+    target = manifest.load(folder / "target")
+    manifest.check_pair(manifest.load(folder / "draft"), target)
+    block_size = config.engine.block_size
+    return EngineInfo(
+        vocab_size=target.vocab_size,
+        max_seq_len=target.max_seq_len,
+        num_blocks=config.scheduler.kv_cache_tokens // block_size,
+        block_size=block_size,
+    )
+
+
+def make_draft_engine(config: Config) -> DraftEngine:
+    """Load the draft model on the configured engine."""
+    make: Callable[[Config], DraftEngine] = _module(config).make_draft
+    return make(config)
+
+
+def make_target_engine(config: Config) -> TargetEngine:
+    """Load the target model on the configured engine."""
+    make: Callable[[Config], TargetEngine] = _module(config).make_target
+    return make(config)
+
+
+def _module(config: Config) -> Any:
+    return import_module(_module_name(config))
+
+
+def _module_name(config: Config) -> str:
+    name = config.engine.name
+    if name not in ENGINES:
+        raise ValueError(f"engine.name is '{name}': known are {', '.join(ENGINES)}")
+    return ENGINES[name]

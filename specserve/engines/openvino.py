@@ -1,0 +1,114 @@
+"""OpenVINO on the CPU: paged attention from an exported stateful IR. The only module that imports OpenVINO."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+from openvino import opset13 as ops
+from openvino._offline_transformations import paged_attention_transformation
+
+from specserve import manifest
+from specserve.config import Config
+from specserve.engines import describe
+from specserve.engines.model_draft import ModelDraftEngine
+from specserve.engines.model_target import ModelTargetEngine
+from specserve.engines.paged_model import FlatBatch
+
+BLOCK_SIZE = 32  # what the CPU kernels of paged attention are written for
+PRECISIONS = ("f32", "bf16")
+
+
+def make_draft(config: Config) -> ModelDraftEngine:
+    """Load `draft/` of the pair."""
+    return ModelDraftEngine(_load(config, "draft"))
+
+
+def make_target(config: Config) -> ModelTargetEngine:
+    """Load `target/` of the pair."""
+    return ModelTargetEngine(_load(config, "target"))
+
+
+def _load(config: Config, role: str) -> "OpenVINOModel":
+    info = describe(config)
+    if config.engine.precision not in PRECISIONS:
+        raise ValueError(
+            f"engine.precision is '{config.engine.precision}': "
+            f"openvino supports {' and '.join(PRECISIONS)}"
+        )
+    if info.block_size != BLOCK_SIZE:
+        raise ValueError(f"engine.block_size is {info.block_size}: openvino needs {BLOCK_SIZE}")
+    return OpenVINOModel(
+        Path(config.engine.dir) / role,
+        num_blocks=info.num_blocks,
+        precision=config.engine.precision,
+        num_threads=config.engine.num_threads,
+    )
+
+
+class OpenVINOModel:
+    """A compiled model and its KV cache, behind the `PagedModel` protocol.
+
+    Args:
+        engine_dir: folder with `openvino_model.xml` and `manifest.json`.
+        num_blocks: of BLOCK_SIZE token slots each.
+        precision: of arithmetic and KV cache.
+        num_threads: 0 takes all cores.
+    """
+
+    def __init__(
+        self, engine_dir: Path, *, num_blocks: int, precision: str = "f32", num_threads: int = 0
+    ) -> None:
+        self.vocab_size = manifest.load(engine_dir).vocab_size
+        core = ov.Core()
+        model = core.read_model(engine_dir / "openvino_model.xml")
+        paged_attention_transformation(model)
+        _keep_logits_of(model, "logit_rows")
+        compiled = core.compile_model(
+            model,
+            "CPU",
+            {
+                "INFERENCE_PRECISION_HINT": precision,
+                "KV_CACHE_PRECISION": precision,
+                "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_NUM_THREADS": num_threads,
+            },
+        )
+        self._request = compiled.create_infer_request()
+        for port in compiled.inputs:
+            if "_cache." in port.get_any_name():
+                shape = [num_blocks, *(d.get_length() for d in list(port.partial_shape)[1:])]
+                self._request.set_tensor(port, ov.Tensor(port.element_type, shape))
+
+    def forward(self, batch: FlatBatch, logit_rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Run one pass. See `PagedModel`."""
+        inputs: dict[str, NDArray[Any]] = {
+            "input_ids": batch.token_ids,
+            "position_ids": batch.positions,
+            "past_lens": batch.starts,
+            "subsequence_begins": batch.begins,
+            "block_indices": batch.block_ids,
+            "block_indices_begins": batch.block_begins,
+            "max_context_len": np.array(batch.max_context_len, dtype=np.int32),
+            "logit_rows": logit_rows,
+        }
+        for name, array in inputs.items():
+            self._request.set_tensor(name, ov.Tensor(array))
+        self._request.infer()
+        logits: NDArray[np.float32] = self._request.get_output_tensor(0).data
+        return logits.reshape(-1, self.vocab_size)
+
+
+def _keep_logits_of(model: Any, name: str) -> None:
+    """Insert a Gather before the last MatMul, so that logits are computed only for the rows asked for."""
+    result = next(r for r in model.get_results() if "logits" in r.output(0).get_names())
+    node = result.input_value(0).get_node()
+    while node.get_type_name() != "MatMul":
+        node = node.input_value(0).get_node()
+    rows = ops.parameter([-1], np.int64, name)
+    rows.output(0).set_names({name})
+    gather = ops.gather(node.input_value(0), rows, ops.constant(np.int64(0)))
+    node.input(0).replace_source_output(gather.output(0))
+    model.add_parameters([rows])
+    model.validate_nodes_and_infer_types()

@@ -1,0 +1,98 @@
+"""The thread that steps: takes requests and cancellations in, hands outputs out."""
+
+import logging
+import threading
+from collections.abc import Callable
+
+from specserve.core import SpecServe
+from specserve.request import FinishReason, Request
+from specserve.scheduler import StepOutput
+
+logger = logging.getLogger(__name__)
+
+Sink = Callable[[list[StepOutput]], None]
+ErrorSink = Callable[[list[Request], Exception], None]
+
+
+class Loop:
+    """One step loop for all requests.
+
+    `submit` and `abort` may be called from any thread and take effect before the next step.
+
+    Args:
+        core: what steps; touched by this loop's thread only, once started.
+        sink: called in the loop's thread with each step's outputs; must not block.
+        on_error: called with the requests that a failed step has ended.
+    """
+
+    def __init__(self, core: SpecServe, sink: Sink, on_error: ErrorSink) -> None:
+        self.core = core
+        self.is_healthy = True
+        self._sink = sink
+        self._on_error = on_error
+        self._wake = threading.Condition()
+        self._inbox: list[Callable[[], object]] = []
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._run, name="specserve-loop", daemon=True)
+
+    def start(self) -> None:
+        """Start stepping."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Finish the current step and end the thread; what is unfinished stays so."""
+        with self._wake:
+            self._is_stopping = True
+            self._wake.notify()
+        self._thread.join()
+
+    def submit(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            ValueError: if it could never run, naming the value, the limit and the fix.
+        """
+        self.core.scheduler.check(request)
+        request.arrival_s = self.core.clock()
+        self._post(lambda: self.core.scheduler.submit(request))
+
+    def abort(self, key: int, reason: FinishReason = FinishReason.CANCELLED) -> None:
+        """End a request before the next step and free its memory; unknown keys are ignored."""
+        self._post(lambda: self.core.scheduler.abort(key, reason))
+
+    def _post(self, action: Callable[[], object]) -> None:
+        with self._wake:
+            self._inbox.append(action)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(
+                    lambda: self._is_stopping or self._inbox or self.core.scheduler.has_work
+                )
+                inbox, self._inbox = self._inbox, []
+            if self._is_stopping:
+                return
+            for action in inbox:
+                action()
+            if self.core.scheduler.has_work:
+                self._step()
+
+    def _step(self) -> None:
+        try:
+            outputs = self.core.step()
+            self.is_healthy = True
+        except Exception as error:
+            logger.exception("step failed; every request in flight ends")
+            self.is_healthy = False
+            self._fail_all(error)
+        else:
+            self._sink(outputs)
+
+    def _fail_all(self, error: Exception) -> None:
+        scheduler = self.core.scheduler
+        requests = scheduler.requests
+        for request in requests:
+            scheduler.abort(request.key, FinishReason.ERROR)
+        self._on_error(requests, error)

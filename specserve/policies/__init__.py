@@ -1,0 +1,53 @@
+"""How much to draft and what to verify: small objects that see rows, confidences and outcomes.
+
+A policy never sees tensors or queues, and `select` sees no token ids: a rule that reads the token it
+judges would change the output distribution as soon as drafts are sampled.
+"""
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Protocol
+
+from specserve.batch import Batch, DraftPlan, Row, StepRecord
+from specserve.config import PolicyConfig
+
+
+class Policy(Protocol):
+    """Plans drafts, selects what the target verifies, and learns from the outcome."""
+
+    def plan(self, rows: Sequence[Row]) -> DraftPlan:
+        """Cap each row's draft and say when it stops; called before the draft engine.
+
+        Args:
+            rows: `max_draft_tokens` holds what the request and its end allow.
+        """
+
+    def select(self, batch: Batch, confidences: Sequence[Sequence[float]]) -> list[int]:
+        """Return how many tokens of each row's draft the target verifies, a prefix of each.
+
+        Args:
+            confidences: of each row's draft tokens, in order.
+        """
+
+    def observe(self, record: StepRecord) -> None:
+        """Learn from a finished step."""
+
+
+# Name -> module with a function `make(config) -> Policy`; imported when chosen.
+POLICIES = {
+    "none": "specserve.policies.fixed",
+    "fixed": "specserve.policies.fixed",
+    "adaptive": "specserve.policies.adaptive",
+}
+
+
+def make_policy(config: PolicyConfig) -> Policy:
+    """Make the policy that `config.name` names.
+
+    Raises:
+        ValueError: unknown name, naming the known ones.
+    """
+    if config.name not in POLICIES:
+        raise ValueError(f"policy.name is '{config.name}': known are {', '.join(POLICIES)}")
+    make: Callable[[PolicyConfig], Policy] = import_module(POLICIES[config.name]).make
+    return make(config)

@@ -1,0 +1,56 @@
+"""A simple adaptive policy: each row drafts while its whole draft is likely enough to be accepted."""
+
+from collections.abc import Sequence
+
+from specserve.batch import Batch, DraftPlan, Row, StepRecord, StopRule
+from specserve.config import PolicyConfig
+from specserve.policies.acceptance import AcceptanceModel
+
+
+def make(config: PolicyConfig) -> "AdaptivePolicy":
+    """Read cap and threshold from the configuration."""
+    return AdaptivePolicy(config.max_draft_tokens, config.min_survival)
+
+
+class AdaptivePolicy:
+    """Stop a row below a survival threshold; calibrate the survival from verification outcomes.
+
+    Rows are judged one by one, so one sure row does not make the others draft. The threshold is a
+    constant: it knows neither load nor step time.
+    """
+
+    def __init__(self, max_draft_tokens: int, min_survival: float) -> None:
+        if max_draft_tokens < 0:
+            raise ValueError(f"policy.max_draft_tokens is {max_draft_tokens}: must be at least 0")
+        if not 0.0 <= min_survival <= 1.0:
+            raise ValueError(f"policy.min_survival is {min_survival}: must be in [0, 1]")
+        self.max_draft_tokens = max_draft_tokens
+        self.min_survival = min_survival
+        self.acceptance = AcceptanceModel()
+
+    def plan(self, rows: Sequence[Row]) -> DraftPlan:
+        """Cap all rows alike; the calibrated stop rule tells them apart."""
+        rule = StopRule(
+            slope=self.acceptance.slope,
+            bias=[self.acceptance.bias] * len(rows),
+            min_survival=[0.0 if row.has_fixed_draft else self.min_survival for row in rows],
+        )
+        return DraftPlan([self.max_draft_tokens] * len(rows), rule)
+
+    def select(self, batch: Batch, confidences: Sequence[Sequence[float]]) -> list[int]:
+        """Drop the token at which a row stopped: it was drafted to be judged, and failed."""
+        lengths = []
+        for row, values in zip(batch.rows, confidences, strict=True):
+            survivals = [1.0] if row.has_fixed_draft else self.acceptance.survivals(values)
+            kept = [s for s in survivals if s >= self.min_survival]
+            lengths.append(len(values) if row.has_fixed_draft else len(kept))
+        return lengths
+
+    def observe(self, record: StepRecord) -> None:
+        """Learn from every verified token up to and including the first rejected one."""
+        for draft, choice, verified in zip(
+            record.drafts, record.chosen, record.outputs, strict=True
+        ):
+            accepted = verified.num_accepted_tokens
+            for position in range(min(len(choice), accepted + 1)):
+                self.acceptance.observe(draft.confidences[position], position < accepted)

@@ -1,0 +1,309 @@
+"""Who runs in a step, with how many tokens, and what becomes of the result.
+
+Owns the queues, the requests' counters and the block tables. Knows no tensors and no text; how much
+to draft is the policy's decision, within the limits set here.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from specserve.batch import Batch, Draft, Row, StopRule, Verified
+from specserve.block_manager import BlockManager
+from specserve.config import SchedulerConfig
+from specserve.policies import Policy
+from specserve.request import FinishReason, Request
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step gave one request: new tokens, and whether it ended with them."""
+
+    request: Request
+    token_ids: list[int]
+    log_probs: list[float]
+    finish_reason: FinishReason | None
+
+
+class Scheduler:
+    """Continuous batching: every step closes a part of every request's gap.
+
+    A request waits, runs and finishes; a running one may be preempted (all blocks given back, its
+    tokens recomputed later) when memory runs out. There are no phases: a prompt, a chunk of it and
+    a decoded token are all base tokens.
+    """
+
+    def __init__(self, config: SchedulerConfig, blocks: BlockManager, policy: Policy) -> None:
+        if config.max_num_batched_tokens < config.max_num_seqs:
+            raise ValueError(
+                f"scheduler.max_num_batched_tokens is {config.max_num_batched_tokens}: must be at "
+                f"least scheduler.max_num_seqs ({config.max_num_seqs}), one base token for each row"
+            )
+        self.config = config
+        self.blocks = blocks
+        self.policy = policy
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self._requests: dict[int, Request] = {}
+        self._released: list[int] = []
+        self.num_preemptions = 0
+
+    # -- requests in and out -------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            ValueError: if it could never run, naming the value, the limit and the fix.
+        """
+        self.check(request)
+        self._requests[request.key] = request
+        self.waiting.append(request)
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that could never run, as `submit` does."""
+        total = request.num_prompt_tokens + request.max_tokens
+        if request.num_prompt_tokens == 0:
+            raise ValueError("the prompt is empty: give at least one token")
+        if request.max_tokens < 1:
+            raise ValueError(f"max_tokens is {request.max_tokens}: must be at least 1")
+        if total > self.config.max_seq_len:
+            raise ValueError(
+                f"prompt ({request.num_prompt_tokens} tokens) + max_tokens ({request.max_tokens}) "
+                f"= {total} exceeds the limit of {self.config.max_seq_len}: shorten one of them"
+            )
+        if self.blocks.blocks_for(total) > self.blocks.num_blocks:
+            limit = self.blocks.num_blocks * self.blocks.block_size
+            raise ValueError(
+                f"prompt + max_tokens = {total} tokens can never fit the KV cache of {limit} "
+                "tokens: shorten one of them, or raise scheduler.kv_cache_tokens"
+            )
+
+    def abort(self, key: int, reason: FinishReason = FinishReason.CANCELLED) -> Request | None:
+        """End a request from outside and free its memory; None if it is not here any more."""
+        request = self._requests.get(key)
+        if request is None:
+            return None
+        if request in self.waiting:
+            self.waiting.remove(request)
+        else:
+            self.running.remove(request)
+        self._finish(request, reason)
+        return request
+
+    def take_released(self) -> list[int]:
+        """Return, once, the keys whose state engines may drop."""
+        released, self._released = self._released, []
+        return released
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would have rows."""
+        return bool(self.running or self.waiting)
+
+    @property
+    def requests(self) -> list[Request]:
+        """Every request that has not finished."""
+        return list(self._requests.values())
+
+    # -- the step ------------------------------------------------------------------------------
+
+    def schedule(self, now: float) -> Batch:
+        """Choose the rows of a step: base tokens first, for every row, then a plan for drafts."""
+        requests, sizes = self._schedule_base_tokens(now)
+        rows = [self._row(request, size) for request, size in zip(requests, sizes, strict=True)]
+        batch = Batch(rows)
+        if any(row.max_draft_tokens for row in rows):
+            batch.stop_rule = self._plan_drafts(rows, requests)
+        return batch
+
+    def commit(
+        self,
+        batch: Batch,
+        drafts: list[Draft],
+        chosen: list[list[int]],
+        outputs: list[Verified],
+        now: float,
+    ) -> list[StepOutput]:
+        """Append what was verified, move the counters, give back memory, finish what is done."""
+        results = []
+        for row, draft, choice, verified in zip(batch.rows, drafts, chosen, outputs, strict=True):
+            request = self._requests[row.key]
+            self._advance(request, row, draft, verified)
+            if row.samples:
+                results.append(self._append(request, draft, choice, verified, now))
+            if not request.is_finished:
+                self.blocks.truncate(request.block_table, request.num_tokens)
+        return results
+
+    def check_integrity(self) -> None:
+        """Assert that queues, counters and block tables agree."""
+        self.blocks.check_integrity(request.block_table for request in self.requests)
+        assert sorted(self._requests) == sorted(
+            request.key for request in [*self.waiting, *self.running]
+        ), "a request is in no queue or in two"
+        for request in self.waiting:
+            assert not request.block_table, f"waiting request {request.key} holds blocks"
+            assert request.num_computed_tokens == 0, f"waiting request {request.key} has KV"
+        for request in self.running:
+            held = len(request.block_table) * self.blocks.block_size
+            assert request.num_computed_tokens <= held, (
+                f"request {request.key}: {request.num_computed_tokens} computed tokens in {held} slots"
+            )
+            assert request.num_draft_computed_tokens <= request.num_tokens
+            assert request.num_computed_tokens < request.num_tokens, (
+                f"request {request.key} has no gap: {request.num_computed_tokens} of {request.num_tokens}"
+            )
+
+    # -- base tokens ---------------------------------------------------------------------------
+
+    def _schedule_base_tokens(self, now: float) -> tuple[list[Request], list[int]]:
+        """Give decoding rows their token, then prompts their chunks, then admit who waits."""
+        chosen: dict[int, int] = {}
+        preemptions = self.num_preemptions
+        decoding = [r for r in self.running if r.num_uncomputed_tokens == 1]
+        prompts = [r for r in self.running if r.num_uncomputed_tokens > 1]
+        for request in decoding:
+            if self._is_running(request) and self._make_room(request, 1, chosen):
+                chosen[request.key] = 1
+        room = self.config.max_num_batched_tokens - len(chosen)
+        budget = min(self.config.prefill_chunk_tokens, room)
+        for request in prompts:
+            size = min(request.num_uncomputed_tokens, budget)
+            if size and self._is_running(request) and self._make_room(request, size, chosen):
+                chosen[request.key] = size
+                budget -= size
+        if (
+            self.num_preemptions == preemptions
+        ):  # whoever was just preempted would come straight back
+            self._admit(budget, chosen, now)
+        requests = [request for request in self.running if request.key in chosen]
+        return requests, [chosen[request.key] for request in requests]
+
+    def _admit(self, budget: int, chosen: dict[int, int], now: float) -> None:
+        while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
+            request = self.waiting[0]
+            size = min(request.num_uncomputed_tokens, budget)
+            # One spare block for each running row, so that admission does not cause preemption.
+            spare = self.blocks.num_free_blocks - len(self.running)
+            if self.running and self.blocks.blocks_for(size) > spare:
+                return
+            if not self.blocks.extend(request.block_table, size):
+                return
+            self.waiting.popleft()
+            self.running.append(request)
+            if request.first_scheduled_s is None:
+                request.first_scheduled_s = now
+            chosen[request.key] = size
+            budget -= size
+
+    def _make_room(self, request: Request, size: int, chosen: dict[int, int]) -> bool:
+        """Extend a table for `size` base tokens, preempting the youngest requests if need be.
+
+        Returns:
+            False if the request itself was preempted.
+        """
+        while not self.blocks.extend(request.block_table, request.num_computed_tokens + size):
+            victim = self.running[-1]
+            self._preempt(victim)
+            chosen.pop(victim.key, None)
+            if victim is request:
+                return False
+        return True
+
+    def _is_running(self, request: Request) -> bool:
+        """Whether an earlier row of this step has not preempted the request."""
+        return bool(request.block_table)
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self.blocks.release(request.block_table)
+        request.num_computed_tokens = 0
+        request.num_draft_computed_tokens = 0
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self._released.append(request.key)
+        self.waiting.appendleft(request)
+
+    # -- drafts --------------------------------------------------------------------------------
+
+    def _row(self, request: Request, size: int) -> Row:
+        start = request.num_computed_tokens
+        row = Row(
+            key=request.key,
+            num_computed_tokens=start,
+            token_ids=request.token_ids[start : start + size],
+            samples=start + size == request.num_tokens,
+            block_table=request.block_table,
+            num_prompt_tokens=request.num_prompt_tokens,
+            sampling=request.sampling,
+        )
+        if request.num_uncomputed_tokens == 1:  # a prompt's first token does not wait for a draft
+            limits = (
+                request.num_draftable_tokens,
+                request.max_draft_tokens,
+                request.num_draft_tokens,
+            )
+            row.max_draft_tokens = min(limit for limit in limits if limit is not None)
+            row.has_fixed_draft = request.num_draft_tokens is not None
+        return row
+
+    def _plan_drafts(self, rows: list[Row], requests: list[Request]) -> StopRule | None:
+        """Ask the policy, then cut its plan to the step's token budget and the free memory."""
+        plan = self.policy.plan(rows)
+        budget = self.config.max_num_batched_tokens - sum(len(row.token_ids) for row in rows)
+        for i, (row, request) in enumerate(zip(rows, requests, strict=True)):
+            wanted = row.max_draft_tokens
+            if not row.has_fixed_draft:
+                wanted = min(wanted, plan.max_draft_tokens[i])
+            row.max_draft_tokens = self._reserve_draft(request, min(wanted, budget))
+            budget -= row.max_draft_tokens
+            if row.max_draft_tokens:
+                start = row.num_draft_computed_tokens = request.num_draft_computed_tokens
+                row.catch_up_token_ids = request.token_ids[start:]
+        return plan.stop_rule
+
+    def _reserve_draft(self, request: Request, wanted: int) -> int:
+        """Extend the table for as much of a draft as free memory allows; drafts never preempt."""
+        slots = len(request.block_table) + self.blocks.num_free_blocks
+        wanted = min(wanted, slots * self.blocks.block_size - request.num_tokens)
+        self.blocks.extend(request.block_table, request.num_tokens + wanted)
+        return wanted
+
+    # -- commit --------------------------------------------------------------------------------
+
+    def _advance(self, request: Request, row: Row, draft: Draft, verified: Verified) -> None:
+        """Move both counters over what is now valid, before the outputs are appended."""
+        accepted = verified.num_accepted_tokens
+        request.num_computed_tokens += len(row.token_ids) + accepted
+        if draft.token_ids:
+            # The draft engine saw all known tokens and its own proposals but the last.
+            seen = min(accepted, len(draft.token_ids) - 1)
+            request.num_draft_computed_tokens = request.num_tokens + seen
+
+    def _append(
+        self, request: Request, draft: Draft, choice: list[int], verified: Verified, now: float
+    ) -> StepOutput:
+        request.num_drafted_tokens += len(draft.token_ids)
+        request.num_verified_tokens += len(choice)
+        request.num_accepted_tokens += verified.num_accepted_tokens
+        token_ids = verified.output_token_ids[: request.max_tokens - request.num_output_tokens]
+        reason = None
+        if request.sampling.end_id in token_ids:
+            token_ids = token_ids[: token_ids.index(request.sampling.end_id) + 1]
+            reason = FinishReason.END_ID
+        request.token_ids.extend(token_ids)
+        if reason is None and request.num_output_tokens == request.max_tokens:
+            reason = FinishReason.LENGTH
+        if request.first_token_s is None:
+            request.first_token_s = now
+        request.last_token_s = now
+        if reason is not None:
+            self.running.remove(request)
+            self._finish(request, reason)
+        return StepOutput(request, token_ids, verified.log_probs[: len(token_ids)], reason)
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        self.blocks.release(request.block_table)
+        request.finish_reason = reason
+        del self._requests[request.key]
+        self._released.append(request.key)
