@@ -85,9 +85,7 @@ class CallParser:
             num_draft_tokens=read.count("num_draft_tokens"),
         )
         read.text("priority_class")
-        exclude = read.flag(
-            "exclude_input_in_output", self._config.server.exclude_input_in_output
-        )
+        exclude = read.flag("exclude_input_in_output", self._config.server.exclude_input_in_output)
         stream = read.flag("stream", False)
         return Call(
             request=request,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from python_backend import log
 from specserve import engines
 from specserve.config import load_config
 from specserve.engines import wire
@@ -15,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class _EngineModel:
-    """What both roles share: one ragged step per call, errors as responses, time measured inside."""
+    """What both roles share: one ragged step per call, errors answered, time measured inside."""
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer each request; a failure is answered, not raised."""
@@ -43,6 +44,7 @@ class DraftModel(_EngineModel):
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the engine that the configuration names."""
+        log.configure(args)
         self._engine = engines.make_draft_engine(load_config())
 
     def run(self, arrays: wire.Arrays) -> wire.Arrays:
@@ -55,6 +57,7 @@ class TargetModel(_EngineModel):
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the engine that the configuration names."""
+        log.configure(args)
         self._engine = engines.make_target_engine(load_config())
         self._decode = wire.VerifyDecoder()
 

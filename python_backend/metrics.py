@@ -1,4 +1,4 @@
-"""Running totals on Triton's own /metrics. Names start with `specserve_`; each help says its convention."""
+"""Running totals on Triton's own /metrics. Each help text says its convention."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""The `specserve` model: the BLS orchestrator. Wires requests, the step loop and replies together."""
+"""The `specserve` model, the BLS orchestrator: wires requests, the step loop and replies."""
 
 import json
 import logging
@@ -7,6 +7,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+from python_backend import log
 from python_backend.bls import infer
 from python_backend.call import CallParser
 from python_backend.metrics import Metrics
@@ -27,6 +28,7 @@ class OrchestratorModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Read the configuration, check the pair, start the threads."""
+        log.configure(args)
         config = load_config()
         engine_dir = Path(config.engine.dir) / "target"
         info = engines.describe(config)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from python_backend import log
 from python_backend.call import decode_text, encode_prompt
 from specserve.config import load_config
 from specserve.text import load_tokenizer
@@ -16,6 +17,7 @@ class PreprocessingModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the target's tokenizer."""
+        log.configure(args)
         config = load_config()
         self._limits = config.limits
         self._tokenizer = load_tokenizer(Path(config.engine.dir) / "target")

@@ -1,7 +1,8 @@
 """The tensors of a generation request: names, types, shapes, and which of them we serve.
 
 One table for `specserve`, `ensemble` and `tensorrt_llm_bls`; a test compares it with every
-`config.pbtxt`. Names, types and shapes are tensorrtllm_backend's (0.19 and 1.x spellings), then ours.
+`config.pbtxt`. Names, types and shapes are tensorrtllm_backend's, in the spellings of 0.19 and 1.x,
+then ours.
 """
 
 from collections.abc import Callable

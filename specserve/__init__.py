@@ -1,1 +1,1 @@
-"""SpecServe: speculative decoding that adapts to load and keeps each request's latency objective."""
+"""SpecServe: speculative decoding that adapts to load and keeps each request's latency promise."""

@@ -32,7 +32,11 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def extend(self, table: list[int], num_tokens: int) -> bool:
-        """Grow `table` in place until it covers [0, num_tokens); change nothing and return False if it cannot."""
+        """Grow `table` in place until it covers [0, num_tokens); if it cannot, change nothing.
+
+        Returns:
+            Whether it covers them now.
+        """
         missing = self.blocks_for(num_tokens) - len(table)
         if missing > len(self._free):
             return False

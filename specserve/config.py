@@ -175,7 +175,7 @@ def _convert(expected: Any, value: Any, where: str) -> Any:
         expected = (expected,)
     if float in expected and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if isinstance(value, bool) and bool not in expected or not isinstance(value, expected):
+    if (isinstance(value, bool) and bool not in expected) or not isinstance(value, expected):
         names = " or ".join(kind.__name__ for kind in expected)
         raise ValueError(f"{where} is {value!r}, expected {names}")
     return value

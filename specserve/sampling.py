@@ -172,7 +172,7 @@ def _nucleus_border(probs: Floats, top_p: Floats) -> Floats:
 def _mask_bad_words(
     logits: Floats, bad_words: Sequence[Sequence[int]], token_ids: Sequence[int]
 ) -> None:
-    """Make the last token of a bad word impossible wherever the tokens before it are already there."""
+    """Make the last token of a bad word impossible where the tokens before it already stand."""
     num_positions = len(logits)
     for word in bad_words:
         head = list(word[:-1])

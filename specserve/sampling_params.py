@@ -1,4 +1,4 @@
-"""What a request asks of the target's distribution. Values and limits only; the mathematics is in `sampling`."""
+"""What a request asks of the target's distribution: values and limits; `sampling` applies them."""
 
 import math
 from dataclasses import dataclass

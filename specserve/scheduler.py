@@ -147,11 +147,11 @@ class Scheduler:
         for request in self.running:
             held = len(request.block_table) * self.blocks.block_size
             assert request.num_computed_tokens <= held, (
-                f"request {request.key}: {request.num_computed_tokens} computed tokens in {held} slots"
+                f"request {request.key}: {request.num_computed_tokens} tokens in {held} slots"
             )
             assert request.num_draft_computed_tokens <= request.num_tokens
             assert request.num_computed_tokens < request.num_tokens, (
-                f"request {request.key} has no gap: {request.num_computed_tokens} of {request.num_tokens}"
+                f"request {request.key} has no gap: all {request.num_tokens} tokens are computed"
             )
 
     # -- base tokens ---------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Engines run a model and own its KV; they decide nothing.
 
-Tokens cross this line, tensors do not: ids, lengths and one confidence per draft token. Modules here
-share names with packages (`openvino`, `triton`): absolute imports only, and imported when chosen.
+Tokens cross this line, tensors do not: ids, lengths and one confidence per draft token. Modules
+here share names with packages (`openvino`, `triton`): absolute imports only, imported when chosen.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,14 +33,14 @@ class TargetEngine(Protocol):
     """Says what the served model says."""
 
     def verify(self, batch: Batch, chosen: Sequence[Sequence[int]]) -> list[Verified]:
-        """Run base and chosen tokens in one pass; keep the longest draft prefix the target agrees with.
+        """Run base and chosen tokens in one pass; keep the draft prefix the target agrees with.
 
         Args:
             chosen: draft tokens of each row, possibly none; must be empty where `samples` is False.
 
         Returns:
-            One result per row: num_accepted_tokens + 1 tokens where `samples`, else none. The output
-            is distributed as the target's own.
+            One result per row: num_accepted_tokens + 1 tokens where `samples`, else none. The
+            output is distributed as the target's own.
         """
 
     def release(self, keys: Sequence[int]) -> None:

@@ -33,7 +33,7 @@ class _Segment:
 class ModelTargetEngine:
     """A target model behind the `TargetEngine` protocol.
 
-    Keeps token history and uniforms of the requests that need them: those that are not plain greedy.
+    Keeps token history and uniforms of the requests that are not plain greedy.
     """
 
     def __init__(self, model: PagedModel) -> None:

@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU: paged attention from an exported stateful IR. The only module that imports OpenVINO."""
+"""OpenVINO on the CPU: paged attention from an exported stateful IR."""
 
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ class OpenVINOModel:
 
 
 def _keep_logits_of(model: Any, name: str) -> None:
-    """Insert a Gather before the last MatMul, so that logits are computed only for the rows asked for."""
+    """Gather before the last MatMul: logits are computed only for the rows asked for."""
     result = next(r for r in model.get_results() if "logits" in r.output(0).get_names())
     node = result.input_value(0).get_node()
     while node.get_type_name() != "MatMul":

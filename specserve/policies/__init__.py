@@ -1,7 +1,7 @@
 """How much to draft and what to verify: small objects that see rows, confidences and outcomes.
 
-A policy never sees tensors or queues, and `select` sees no token ids: a rule that reads the token it
-judges would change the output distribution as soon as drafts are sampled.
+A policy never sees tensors or queues, and `select` sees no token ids: a rule that reads the token
+it judges would change the output distribution as soon as drafts are sampled.
 """
 
 from collections.abc import Callable, Sequence

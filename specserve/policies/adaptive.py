@@ -1,4 +1,4 @@
-"""A simple adaptive policy: each row drafts while its whole draft is likely enough to be accepted."""
+"""A simple adaptive policy: a row drafts while its whole draft is likely enough to be accepted."""
 
 from collections.abc import Sequence
 

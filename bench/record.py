@@ -1,0 +1,57 @@
+"""What every result line carries: machine, commit, command."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def context() -> dict[str, Any]:
+    """Describe where and how this benchmark runs."""
+    return {
+        "machine": {
+            "cpu": _cpu_name(),
+            "num_cores": len(os.sched_getaffinity(0)),
+            "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30),
+            "python": platform.python_version(),
+        },
+        "commit": _commit(),
+        "command": " ".join(["python", "-m", sys.argv[0].removeprefix(f"{ROOT}/"), *sys.argv[1:]])
+        .replace("/", ".")
+        .replace(".py", ""),
+        "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def emit(result: Mapping[str, Any], path: Path | None = None) -> None:
+    """Print the result as one JSON line, the last of the output, and append it to a file."""
+    line = json.dumps({**result, **context()})
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    print(line, flush=True)
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _commit() -> str:
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False
+        ).stdout.strip()
+
+    dirty = "-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + dirty
