@@ -11,6 +11,7 @@ from specserve.core import SpecServe
 from specserve.engines import DraftEngine, EngineInfo, TargetEngine
 from specserve.engines.guarded import GuardedDraftEngine
 from specserve.policies import make_policy
+from specserve.predictor.step_time import StepTimeModel
 from specserve.scheduler import Scheduler
 
 
@@ -20,6 +21,7 @@ def assemble(
     info: EngineInfo | None = None,
     draft_engine: DraftEngine | None = None,
     target_engine: TargetEngine | None = None,
+    step_time: StepTimeModel | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> SpecServe:
     """Make scheduler, policy and step; load in this process the engines that are not given.
@@ -33,7 +35,7 @@ def assemble(
         raise ValueError(
             f"scheduler.max_seq_len is {limit}: the engines were built for {info.max_seq_len}"
         )
-    policy = make_policy(config.policy)
+    policy = make_policy(config.policy, step_time)
     scheduler = Scheduler(
         replace(config.scheduler, max_seq_len=limit),
         BlockManager(info.num_blocks, info.block_size),

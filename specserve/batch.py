@@ -6,6 +6,7 @@ Plain data. Engines in other processes receive the same rows that engines in thi
 from dataclasses import dataclass, field
 
 from specserve.sampling_params import SamplingParams
+from specserve.stop_rules import StopRule
 
 
 @dataclass(slots=True)
@@ -41,24 +42,6 @@ class Row:
     num_draft_computed_tokens: int = 0
     catch_up_token_ids: list[int] = field(default_factory=list)
     has_fixed_draft: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class StopRule:
-    """When a row stops drafting; two numbers per row, evaluated beside the draft engine.
-
-    After each draft token of confidence c the row's survival is multiplied by
-    sigmoid(bias + slope * logit(c)); the row goes on while survival >= min_survival.
-
-    Attributes:
-        slope: shared by all rows.
-        bias: one for each row of the batch.
-        min_survival: one for each row of the batch; 0 never stops.
-    """
-
-    slope: float
-    bias: list[float]
-    min_survival: list[float]
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,3 +61,4 @@ class SpecServe:
         if keys:
             self.draft_engine.release(keys)
             self.target_engine.release(keys)
+            self.policy.release(keys)

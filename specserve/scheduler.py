@@ -7,11 +7,12 @@ to draft is the policy's decision, within the limits set here.
 from collections import deque
 from dataclasses import dataclass
 
-from specserve.batch import Batch, Draft, Row, StopRule, Verified
+from specserve.batch import Batch, Draft, Row, Verified
 from specserve.block_manager import BlockManager
 from specserve.config import SchedulerConfig
 from specserve.policies import Policy
 from specserve.request import FinishReason, Request
+from specserve.stop_rules import StopRule
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from specserve.batch import Batch, Draft, StopRule
+from specserve.batch import Batch, Draft
 from specserve.engines.paged_model import FlatBatch, PagedModel, Span
-from specserve.policies.acceptance import CONFIDENCE_EPS
 
 
 class ModelDraftEngine:
@@ -26,25 +25,28 @@ class ModelDraftEngine:
         active = np.array([i for i, r in enumerate(batch.rows) if r.max_draft_tokens], dtype=int)
         if not len(active):
             return drafts
+        stopper = batch.stop_rule.start() if batch.stop_rule else None
+        if stopper:
+            active = active[stopper.begins()[active]]
         caps = np.array([row.max_draft_tokens for row in batch.rows])
-        survival = _Survival(batch.stop_rule, len(batch.rows))
         spans = [self._first_span(batch, i) for i in active]
         num_drafted = 0
         while len(active):
             token_ids, confidences = self._forward(spans)
-            for i, token_id, confidence in zip(
-                active, token_ids.tolist(), confidences.tolist(), strict=True
-            ):
+            proposed = token_ids.tolist()
+            for i, token_id, c in zip(active, proposed, confidences.tolist(), strict=True):
                 drafts[i].token_ids.append(token_id)
-                drafts[i].confidences.append(confidence)
+                drafts[i].confidences.append(c)
             num_drafted += 1
-            goes_on = survival.update(active, confidences) & (caps[active] > num_drafted)
+            on = caps[active] > num_drafted
+            if stopper:
+                on &= stopper.goes_on(active, confidences)
             spans = [
                 Span([token_id], span.start + len(span.token_ids), span.block_table)
-                for span, token_id, on in zip(spans, token_ids.tolist(), goes_on, strict=True)
-                if on
+                for span, token_id, goes_on in zip(spans, proposed, on, strict=True)
+                if goes_on
             ]
-            active = active[goes_on]
+            active = active[on]
         return drafts
 
     def release(self, keys: Sequence[int]) -> None:
@@ -54,31 +56,11 @@ class ModelDraftEngine:
         row = batch.rows[i]
         return Span(row.catch_up_token_ids, row.num_draft_computed_tokens, row.block_table)
 
-    def _forward(self, spans: list[Span]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def _forward(self, spans: list[Span]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Return the most likely next token of each span and its probability."""
         flat = FlatBatch.pack(spans)
         logits = self.model.forward(flat, flat.begins[1:].astype(np.int64) - 1)
         token_ids = logits.argmax(axis=1)
         best = logits[np.arange(len(logits)), token_ids]
         confidences = 1.0 / np.exp(logits - best[:, None]).sum(axis=1)
-        return token_ids, confidences.astype(np.float32)
-
-
-class _Survival:
-    """Running survival of each row under a `StopRule`; without one, every row goes on."""
-
-    def __init__(self, rule: StopRule | None, num_rows: int) -> None:
-        self._slope = rule.slope if rule else 0.0
-        self._bias = np.array(rule.bias if rule else np.zeros(num_rows))
-        self._min = np.array(rule.min_survival if rule else np.zeros(num_rows))
-        self._survival = np.ones(num_rows)
-
-    def update(
-        self, active: NDArray[np.int64], confidences: NDArray[np.float32]
-    ) -> NDArray[np.bool_]:
-        """Multiply in the newest token of the active rows; return which of them go on."""
-        c = np.clip(confidences.astype(np.float64), CONFIDENCE_EPS, 1.0 - CONFIDENCE_EPS)
-        z = self._bias[active] + self._slope * np.log(c / (1.0 - c))
-        self._survival[active] /= 1.0 + np.exp(-np.clip(z, -30.0, 30.0))
-        on: NDArray[np.bool_] = self._survival[active] >= self._min[active]
-        return on
+        return token_ids, confidences.astype(np.float64)

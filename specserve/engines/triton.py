@@ -8,7 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from specserve.batch import Batch, Draft, StopRule, Verified
+from specserve.batch import Batch, Draft, Verified
 from specserve.engines import wire
 
 Arrays = dict[str, NDArray[Any]]
@@ -33,7 +33,8 @@ class TritonDraftEngine:
         indices = [i for i, row in enumerate(batch.rows) if row.max_draft_tokens]
         if indices:
             rows = [batch.rows[i] for i in indices]
-            request = wire.encode_draft_request(rows, _part_of(batch.stop_rule, indices))
+            rule = batch.stop_rule and batch.stop_rule.part_of(indices)
+            request = wire.encode_draft_request(rows, rule)
             response = self._infer(self._model, request)
             self.engine_s += float(response["engine_s"].item())
             for i, draft in zip(indices, wire.decode_drafts(response), strict=True):
@@ -72,11 +73,3 @@ class TritonTargetEngine:
         """Tell the model with the next call."""
         self._known.difference_update(keys)
         self._released.extend(keys)
-
-
-def _part_of(rule: StopRule | None, indices: list[int]) -> StopRule | None:
-    if rule is None:
-        return None
-    return StopRule(
-        rule.slope, [rule.bias[i] for i in indices], [rule.min_survival[i] for i in indices]
-    )

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from specserve.batch import Batch, Draft, Row, StopRule, Verified
+from specserve.batch import Batch, Draft, Row, Verified
 from specserve.sampling_params import SamplingParams
+from specserve.stop_rules import StopRule, decode_rule, encode_rule
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -33,8 +34,7 @@ def encode_draft_request(rows: Sequence[Row], rule: StopRule | None) -> Arrays:
         "block_ids": _ints(block_id for r in rows for block_id in r.block_table),
     }
     if rule is not None:
-        values = [rule.slope, *rule.bias, *rule.min_survival]
-        arrays["stop_rule"] = np.array(values, dtype=np.float32)
+        arrays["stop_rule"] = encode_rule(rule)
     return arrays
 
 
@@ -56,10 +56,7 @@ def decode_draft_request(arrays: Mapping[str, NDArray[Any]]) -> Batch:
             )
         )
         token, block = token + num_tokens, block + num_blocks
-    rule = None
-    if "stop_rule" in arrays:
-        slope, *rest = arrays["stop_rule"].tolist()
-        rule = StopRule(slope, rest[: len(rows)], rest[len(rows) :])
+    rule = decode_rule(arrays["stop_rule"]) if "stop_rule" in arrays else None
     return Batch(rows, rule)
 
 

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from specserve.batch import Batch, DraftPlan, Row, StepRecord
 from specserve.config import PolicyConfig
+from specserve.predictor.step_time import StepTimeModel
 
 
 class Policy(Protocol):
@@ -32,8 +33,11 @@ class Policy(Protocol):
     def observe(self, record: StepRecord) -> None:
         """Learn from a finished step."""
 
+    def release(self, keys: Sequence[int]) -> None:
+        """Drop what is kept for these requests; unknown keys are ignored."""
 
-# Name -> module with a function `make(config) -> Policy`; imported when chosen.
+
+# Name -> module with a function `make(config, step_time) -> Policy`; imported when chosen.
 POLICIES = {
     "none": "specserve.policies.fixed",
     "fixed": "specserve.policies.fixed",
@@ -41,13 +45,28 @@ POLICIES = {
 }
 
 
-def make_policy(config: PolicyConfig) -> Policy:
+def make_policy(config: PolicyConfig, step_time: StepTimeModel | None = None) -> Policy:
     """Make the policy that `config.name` names.
 
+    Args:
+        step_time: the predictor; policies that weigh time against tokens cannot do without.
+
     Raises:
-        ValueError: unknown name, naming the known ones.
+        ValueError: unknown name, naming the known ones; or a predictor is missing.
     """
     if config.name not in POLICIES:
         raise ValueError(f"policy.name is '{config.name}': known are {', '.join(POLICIES)}")
-    make: Callable[[PolicyConfig], Policy] = import_module(POLICIES[config.name]).make
-    return make(config)
+    make: Callable[[PolicyConfig, StepTimeModel | None], Policy]
+    make = import_module(POLICIES[config.name]).make
+    return make(config, step_time)
+
+
+def needed(step_time: StepTimeModel | None, name: str) -> StepTimeModel:
+    """Return the predictor.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if step_time is None:
+        raise ValueError(f"policy '{name}' needs a profile: run `specserve profile`")
+    return step_time

@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 
-from specserve.batch import Batch, DraftPlan, Row, StepRecord, StopRule
+import numpy as np
+
+from specserve.batch import Batch, DraftPlan, Row, StepRecord
 from specserve.config import PolicyConfig
+from specserve.predictor.step_time import StepTimeModel
 from specserve.policies.acceptance import AcceptanceModel
+from specserve.stop_rules import SurvivalRule
 
 
-def make(config: PolicyConfig) -> "AdaptivePolicy":
+def make(config: PolicyConfig, step_time: StepTimeModel | None = None) -> "AdaptivePolicy":
     """Read cap and threshold from the configuration."""
     return AdaptivePolicy(config.max_draft_tokens, config.min_survival)
 
@@ -30,10 +34,9 @@ class AdaptivePolicy:
 
     def plan(self, rows: Sequence[Row]) -> DraftPlan:
         """Cap all rows alike; the calibrated stop rule tells them apart."""
-        rule = StopRule(
-            slope=self.acceptance.slope,
-            bias=[self.acceptance.bias] * len(rows),
-            min_survival=[0.0 if row.has_fixed_draft else self.min_survival for row in rows],
+        rule = SurvivalRule(
+            np.array([self.acceptance.bias, self.acceptance.slope]),
+            np.array([0.0 if row.has_fixed_draft else self.min_survival for row in rows]),
         )
         return DraftPlan([self.max_draft_tokens] * len(rows), rule)
 
@@ -54,3 +57,6 @@ class AdaptivePolicy:
             accepted = verified.num_accepted_tokens
             for position in range(min(len(choice), accepted + 1)):
                 self.acceptance.observe(draft.confidences[position], position < accepted)
+
+    def release(self, keys: Sequence[int]) -> None:
+        """Nothing is kept for a request."""

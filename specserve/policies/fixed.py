@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from specserve.batch import Batch, DraftPlan, Row, StepRecord
 from specserve.config import PolicyConfig
+from specserve.predictor.step_time import StepTimeModel
 
 
-def make(config: PolicyConfig) -> "FixedPolicy":
+def make(config: PolicyConfig, step_time: StepTimeModel | None = None) -> "FixedPolicy":
     """`none` is `fixed` with k = 0."""
     return FixedPolicy(0 if config.name == "none" else config.num_draft_tokens)
 
@@ -29,3 +30,6 @@ class FixedPolicy:
 
     def observe(self, record: StepRecord) -> None:
         """Learn nothing."""
+
+    def release(self, keys: Sequence[int]) -> None:
+        """Nothing is kept for a request."""
