@@ -1,1 +1,1 @@
-"""Benchmarks: one question per module, `python -m bench.NAME`. The last line printed is one JSON object."""
+"""Benchmarks: `python -m bench.NAME` answers one question; the last line it prints is JSON."""

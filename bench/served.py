@@ -12,6 +12,7 @@ from specserve.config import CONFIG_ENV, Config, dump_config, load_config
 from specserve.launch.installation import find_installation
 from specserve.launch.triton_options import TritonOptions
 from specserve.launch.triton_process import TritonProcess
+from specserve.launch.warm_up import warm_up
 
 REPOSITORY = Path(__file__).resolve().parent.parent / "model_repository"
 
@@ -58,6 +59,7 @@ def serving(
         )
         with TritonProcess(options, Path(folder), installation) as process:
             process.wait_until_ready(ready_timeout_s)
+            warm_up(options.address, http_port)
             yield Served(http_port, grpc_port, metrics_port, process, config)
 
 

@@ -14,7 +14,7 @@ from python_backend.metrics import Metrics
 from python_backend.reply import FINAL, Reply, send_error
 from python_backend.responder import Responder
 from specserve import engines
-from specserve.assemble import assemble
+from specserve.assemble import assemble, plain_decoding, policy_for
 from specserve.config import Config, load_config
 from specserve.engines.triton import TritonDraftEngine, TritonTargetEngine
 from specserve.loop import Loop
@@ -38,14 +38,28 @@ class OrchestratorModel:
 
     def _start(self, config: Config, info: engines.EngineInfo) -> None:
         draft, target = TritonDraftEngine(infer), TritonTargetEngine(infer)
-        core = assemble(config, info=info, draft_engine=draft, target_engine=target)
+        core = assemble(
+            config,
+            info=info,
+            draft_engine=draft,
+            target_engine=target,
+            policy=plain_decoding(),  # until the other two models can be measured
+        )
+
+        def prepare() -> None:
+            core.use(policy_for(config, draft, target, info))
+            logger.info("policy '%s'", config.policy.name)
+
         self._responder = Responder(tick=Metrics(core, draft, target).publish)
-        self._loop = Loop(core, self._responder.put, self._responder.put_failure)
+        self._loop = Loop(core, self._responder.put, self._responder.put_failure, prepare)
         self._responder.start(self._loop)
-        self._loop.start()
+        self._is_started = False
 
     def execute(self, requests: list[Any]) -> None:
         """Take requests in; answers come from the responder's thread."""
+        if not self._is_started:  # not earlier: Triton allows no BLS before the first request
+            self._is_started = True
+            self._loop.start()
         for request in requests:
             sender = request.get_response_sender()
             try:
@@ -58,7 +72,8 @@ class OrchestratorModel:
 
     def finalize(self) -> None:
         """Stop the threads; Triton has waited for running requests before this."""
-        self._loop.stop()
+        if self._is_started:
+            self._loop.stop()
         self._responder.stop()
 
     def _take(self, request: Any, sender: Any) -> None:

@@ -10,8 +10,11 @@ from specserve.config import Config
 from specserve.core import SpecServe
 from specserve.engines import DraftEngine, EngineInfo, TargetEngine
 from specserve.engines.guarded import GuardedDraftEngine
-from specserve.policies import make_policy
+from specserve.policies import Policy, make_policy, needs_profile
+from specserve.policies.fixed import FixedPolicy
+from specserve.predictor.measure import measure
 from specserve.predictor.step_time import StepTimeModel
+from specserve.predictor.store import load_or_measure
 from specserve.scheduler import Scheduler
 
 
@@ -21,28 +24,43 @@ def assemble(
     info: EngineInfo | None = None,
     draft_engine: DraftEngine | None = None,
     target_engine: TargetEngine | None = None,
-    step_time: StepTimeModel | None = None,
+    policy: Policy | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> SpecServe:
-    """Make scheduler, policy and step; load in this process the engines that are not given.
+    """Make scheduler and step; load in this process the engines that are not given.
+
+    Args:
+        policy: None makes the configured one, measuring the engines if it needs a profile and
+            there is none yet.
 
     Raises:
         ValueError: a configuration that cannot work, naming the value, the limit and the fix.
     """
     info = info or engines.describe(config)
+    draft = draft_engine or engines.make_draft_engine(config)
+    target = target_engine or engines.make_target_engine(config)
+    policy = policy or policy_for(config, draft, target, info)
     limit = config.scheduler.max_seq_len or info.max_seq_len
     if limit > info.max_seq_len:
         raise ValueError(
             f"scheduler.max_seq_len is {limit}: the engines were built for {info.max_seq_len}"
         )
-    policy = make_policy(config.policy, step_time)
-    scheduler = Scheduler(
-        replace(config.scheduler, max_seq_len=limit),
-        BlockManager(info.num_blocks, info.block_size),
-        policy,
-    )
-    draft = GuardedDraftEngine(
-        draft_engine or engines.make_draft_engine(config), config.server.draft_retry_s, clock
-    )
-    target = target_engine or engines.make_target_engine(config)
-    return SpecServe(scheduler, policy, draft, target, clock)
+    blocks = BlockManager(info.num_blocks, info.block_size)
+    scheduler = Scheduler(replace(config.scheduler, max_seq_len=limit), blocks, policy)
+    guarded = GuardedDraftEngine(draft, config.server.draft_retry_s, clock)
+    return SpecServe(scheduler, policy, guarded, target, clock)
+
+
+def policy_for(
+    config: Config, draft: DraftEngine, target: TargetEngine, info: EngineInfo
+) -> Policy:
+    """Make the configured policy, on a profile of these engines if it needs one."""
+    if not needs_profile(config.policy.name):
+        return make_policy(config.policy)
+    profile = load_or_measure(config, lambda marks: measure(draft, target, info, marks))
+    return make_policy(config.policy, StepTimeModel(profile))
+
+
+def plain_decoding() -> Policy:
+    """Return what serves while there is no predictor yet."""
+    return FixedPolicy(0)

@@ -69,12 +69,27 @@ class PolicyConfig:
         max_draft_tokens: hard cap per row and step, for every policy.
         min_survival: `adaptive` stops a row when the calibrated probability that its whole draft
             is accepted falls below this.
+        profile: file written by `specserve profile`; empty takes the stored one of this machine
+            and pair, or measures a quick one.
+        confidence_threshold: `threshold` drafts while the newest confidence reaches this; 0.6 is
+            usual for the mean.
+        threshold_of_mean: `threshold` asks the mean of the batch, not each row.
+        as_in_adaspec: `smartspec` takes its acceptance rate as AdaSpec's code does.
+        slo_check: `adaspec_released` checks its SLO, which its code has commented out.
+        slo_tpot_s: the one TPOT objective of `adaspec_released` and `adaspec_repaired`; inf for
+            none.
     """
 
-    name: str = "adaptive"
+    name: str = "specserve"
     num_draft_tokens: int = 4
     max_draft_tokens: int = 8
     min_survival: float = 0.35
+    profile: str = ""
+    confidence_threshold: float = 0.4
+    threshold_of_mean: bool = False
+    as_in_adaspec: bool = False
+    slo_check: bool = False
+    slo_tpot_s: float = 0.04
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,10 @@ class SpecServe:
         self.clock = clock
         self.stats = Stats()
 
+    def use(self, policy: Policy) -> None:
+        """Change the policy, between steps."""
+        self.policy = self.scheduler.policy = policy
+
     def step(self) -> list[StepOutput]:
         """Advance every scheduled request; return what each of them got."""
         started = self.clock()

@@ -23,13 +23,22 @@ class Loop:
         core: what steps; touched by this loop's thread only, once started.
         sink: called in the loop's thread with each step's outputs; must not block.
         on_error: called with the requests that a failed step has ended.
+        prepare: called in the loop's thread before the first step, to measure the engines, say;
+            if it fails, serving goes on with what the core has.
     """
 
-    def __init__(self, core: SpecServe, sink: Sink, on_error: ErrorSink) -> None:
+    def __init__(
+        self,
+        core: SpecServe,
+        sink: Sink,
+        on_error: ErrorSink,
+        prepare: Callable[[], None] | None = None,
+    ) -> None:
         self.core = core
         self.is_healthy = True
         self._sink = sink
         self._on_error = on_error
+        self._prepare = prepare
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], object]] = []
         self._is_stopping = False
@@ -66,6 +75,11 @@ class Loop:
             self._wake.notify()
 
     def _run(self) -> None:
+        if self._prepare is not None:
+            try:
+                self._prepare()
+            except Exception:
+                logger.exception("preparing failed; serving without it")
         while True:
             with self._wake:
                 self._wake.wait_for(

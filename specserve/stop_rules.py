@@ -6,6 +6,7 @@ token ids.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -119,9 +120,9 @@ class ValueRule:
     forward_s: Floats
     base: Floats
 
-    def start(self) -> "_ValueStopper":
+    def start(self) -> "ValueStopper":
         """Begin a step."""
-        return _ValueStopper(self)
+        return ValueStopper(self)
 
     def part_of(self, indices: Sequence[int]) -> "ValueRule":
         """Return the rule for some of the rows."""
@@ -139,7 +140,9 @@ class ValueRule:
         ]  # fmt: skip
 
 
-class _ValueStopper:
+class ValueStopper:
+    """One step's evaluation of a `ValueRule`."""
+
     ROW_SHARE = 0.5  # a row leaves when its next token is worth less than this share of its cost
     WINDOW = 4  # tokens over which the cost of one more is averaged: T is a staircase
 
@@ -155,12 +158,17 @@ class _ValueStopper:
         self._position = 0
 
     def begins(self) -> Mask:
-        rows = np.arange(len(self._survival))
+        """Say which rows draft their first token. See `Stopper`."""
         if self._is_forced:
-            return np.ones(len(rows), dtype=bool)
-        return self._worth_another(rows)
+            return np.ones(len(self._survival), dtype=bool)
+        return self.begins_with(1.0)
+
+    def begins_with(self, margin: float) -> Mask:
+        """Ask for `margin` times the rate of not drafting; the policy's gate."""
+        return self._worth_another(np.arange(len(self._survival)), margin)
 
     def goes_on(self, rows: Rows, confidences: Floats) -> Mask:
+        """Take the newest confidences; say which rows draft another token. See `Stopper`."""
         rule = self._rule
         z = acceptance.logit(confidences)
         features = acceptance.judge_features(z, self._position, rule.history[rows])
@@ -171,7 +179,7 @@ class _ValueStopper:
         self._position += 1
         return self._worth_another(rows)
 
-    def _worth_another(self, rows: Rows) -> Mask:
+    def _worth_another(self, rows: Rows, margin: float = 1.0) -> Mask:
         """Compare the best rate now with the best after one and after two more forwards."""
         rule, spent = self._rule, self._spent_s
         gains = -np.sort(-self._gains)
@@ -190,7 +198,7 @@ class _ValueStopper:
             best_total(one, self._base_yield, rule.verify_s, spent + forward).rate,
             best_total(two, self._base_yield, rule.verify_s, spent + 2.0 * forward).rate,
         )
-        return keep | fixed if max(rates) > best.rate else fixed
+        return keep | fixed if max(rates) > margin * best.rate else fixed
 
     def _with(self, gains: Floats, more: Floats) -> Floats:
         limit = len(self._rule.verify_s) - 1
@@ -207,6 +215,7 @@ class _ValueStopper:
 RULES: dict[int, type[SurvivalRule] | type[ValueRule]] = {
     rule.kind: rule for rule in (SurvivalRule, ValueRule)
 }
+BASELINE_RULES = "specserve.policies.baseline_rules"  # more of them, imported when one arrives
 
 
 def encode_rule(rule: StopRule) -> NDArray[np.float32]:
@@ -224,4 +233,6 @@ def decode_rule(packed: NDArray[np.float32]) -> StopRule:
     ends = 2 + count + np.cumsum(lengths)
     values = packed.astype(np.float64)
     arrays = [values[end - length : end] for length, end in zip(lengths, ends, strict=True)]
-    return RULES[kind](*arrays)
+    rules = RULES if kind in RULES else import_module(BASELINE_RULES).RULES
+    rule: StopRule = rules[kind](*arrays)
+    return rule

@@ -39,9 +39,15 @@ class Policy(Protocol):
 
 # Name -> module with a function `make(config, step_time) -> Policy`; imported when chosen.
 POLICIES = {
+    "specserve": "specserve.policies.specserve",
     "none": "specserve.policies.fixed",
     "fixed": "specserve.policies.fixed",
     "adaptive": "specserve.policies.adaptive",
+    "threshold": "specserve.policies.threshold",
+    "smartspec": "specserve.policies.smartspec",
+    "adaspec_released": "specserve.policies.adaspec",
+    "adaspec_repaired": "specserve.policies.adaspec",
+    "adaptive_verification": "specserve.policies.adaptive_verification",
 }
 
 
@@ -59,6 +65,11 @@ def make_policy(config: PolicyConfig, step_time: StepTimeModel | None = None) ->
     make: Callable[[PolicyConfig, StepTimeModel | None], Policy]
     make = import_module(POLICIES[config.name]).make
     return make(config, step_time)
+
+
+def needs_profile(name: str) -> bool:
+    """Say whether a policy weighs time against tokens; its module says so by NEEDS_PROFILE."""
+    return name in POLICIES and getattr(import_module(POLICIES[name]), "NEEDS_PROFILE", False)
 
 
 def needed(step_time: StepTimeModel | None, name: str) -> StepTimeModel:

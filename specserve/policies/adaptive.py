@@ -6,8 +6,8 @@ import numpy as np
 
 from specserve.batch import Batch, DraftPlan, Row, StepRecord
 from specserve.config import PolicyConfig
-from specserve.predictor.step_time import StepTimeModel
 from specserve.policies.acceptance import AcceptanceModel
+from specserve.predictor.step_time import StepTimeModel
 from specserve.stop_rules import SurvivalRule
 
 

@@ -5,12 +5,13 @@ token that has not been drafted yet. Both see how the request has fared so far.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+Positions = int | NDArray[np.int64]
 EPS = 1e-4
 
 
@@ -27,34 +28,46 @@ def sigmoid(x: Floats) -> Floats:
     return value
 
 
-def judge_features(z: Floats, position: int, history: Floats) -> Floats:
+def judge_features(z: Floats, position: Positions, history: Floats) -> Floats:
     """Lay out what the judge sees of a drafted token.
 
     Args:
         z: [n], logit of its confidence.
-        position: in the draft, from 0.
+        position: [n] or one for all, in the draft, from 0.
         history: [n], the request's acceptance above or below that of all requests.
 
     Returns:
         [n, NUM_JUDGE].
     """
-    one = np.ones_like(z)
-    columns = [
-        one, z, np.maximum(z, 0.0), 0.1 * z * z, 0.25 * position * one, history, history * z
-    ]  # fmt: skip
-    return np.stack(columns, axis=1)
+    x = np.empty((len(z), NUM_JUDGE))
+    x[:, 0] = 1.0
+    x[:, 1] = z
+    x[:, 2] = np.maximum(z, 0.0)
+    x[:, 3] = 0.1 * z * z
+    x[:, 4] = 0.25 * np.asarray(position)
+    x[:, 5] = history
+    x[:, 6] = history * z
+    return x
 
 
-def scout_features(z: Floats, position: int, history: Floats) -> Floats:
-    """Lay out what the scout sees of the token after one of logit `z`; position 0 has none before.
+def scout_features(z: Floats, position: Positions, history: Floats) -> Floats:
+    """Lay out what the scout sees of the token after one of logit `z`.
+
+    Args:
+        z: [n], 0 at position 0, where none comes before.
+        position: [n] or one for all.
+        history: [n], as for the judge.
 
     Returns:
         [n, NUM_SCOUT].
     """
-    one = np.ones_like(z)
-    z = z if position else np.zeros_like(z)
-    columns = [one, float(position == 0) * one, 0.25 * z, 0.1 * z * z, history]
-    return np.stack(columns, axis=1)
+    x = np.empty((len(z), NUM_SCOUT))
+    x[:, 0] = 1.0
+    x[:, 1] = np.asarray(position) == 0
+    x[:, 2] = 0.25 * z
+    x[:, 3] = 0.1 * z * z
+    x[:, 4] = history
+    return x
 
 
 JUDGE_PRIOR = (1.2, 0.8, 0.0, 0.0, 0.0, 2.0, 0.0)
@@ -64,89 +77,87 @@ NUM_SCOUT = len(SCOUT_PRIOR)
 
 
 class OnlineLogistic:
-    """Logistic regression by recursive least squares with forgetting.
+    """Logistic regression that learns from batches of outcomes and slowly forgets.
 
-    Each outcome is one Newton step with the running inverse Hessian (Bishop 2006, section 4.3.3).
+    Each batch is one Newton step on the exponentially weighted likelihood, with the running
+    Hessian as curvature (Bishop 2006, section 4.3.3).
     """
 
-    FORGETTING = 0.9995
+    MEMORY = 2000.0  # outcomes
     MIN_CURVATURE = 0.05
-    MAX_VARIANCE = 10.0
 
     def __init__(self, prior: Sequence[float]) -> None:
         self.weights = np.array(prior, dtype=np.float64)
-        self._inverse = np.eye(len(prior))
+        self._hessian = np.eye(len(prior))
+        self._floor = 0.1 * np.eye(len(prior))  # keeps directions alive that nothing informs
 
-    def observe(self, x: Floats, outcome: bool) -> float:
-        """Learn one outcome; return what was predicted."""
-        predicted = 1.0 / (1.0 + np.exp(-np.clip(x @ self.weights, -30.0, 30.0)))
-        curvature = max(predicted * (1.0 - predicted), self.MIN_CURVATURE)
-        p_x = self._inverse @ x
-        gain = p_x / (1.0 / curvature + x @ p_x)
-        self._inverse = (self._inverse - np.outer(gain, p_x)) / self.FORGETTING
-        if self._inverse.trace() > self.MAX_VARIANCE * len(x):  # nothing new for a long while
-            self._inverse *= self.MAX_VARIANCE * len(x) / self._inverse.trace()
-        self.weights = self.weights + gain * (outcome - predicted) / curvature
-        return float(predicted)
+    def predict(self, x: Floats) -> Floats:
+        """Return probabilities [n] for features [n, d]."""
+        return sigmoid(x @ self.weights)
+
+    def observe(self, x: Floats, outcomes: Floats) -> Floats:
+        """Learn outcomes [n] of features [n, d]; return what was predicted for them."""
+        predicted = self.predict(x)
+        curvature = np.maximum(predicted * (1.0 - predicted), self.MIN_CURVATURE)
+        self._hessian *= np.exp(-len(x) / self.MEMORY)
+        self._hessian += x.T @ (x * curvature[:, None])
+        gradient = x.T @ (outcomes - predicted)
+        self.weights = self.weights + np.linalg.solve(self._hessian + self._floor, gradient)
+        return predicted
 
 
-@dataclass(slots=True)
-class _RequestHistory:
-    """Exponentially forgotten outcomes of one request, begun with the mean of all requests."""
+class Outcome(NamedTuple):
+    """What verification said of one row's draft.
 
-    num_accepted: float
-    num_seen: float
+    Attributes:
+        confidences: of the *verified* draft tokens, at least one.
+        num_accepted: of these; the one after them, if any, was rejected.
+    """
 
-    def observe(self, accepted: bool) -> None:
-        self.num_accepted = self.num_accepted * AcceptanceModel.REQUEST_MEMORY + accepted
-        self.num_seen = self.num_seen * AcceptanceModel.REQUEST_MEMORY + 1.0
+    key: int
+    confidences: Sequence[float]
+    num_accepted: int
 
 
 class AcceptanceModel:
-    """Judge, scout, and the requests' histories."""
+    """Judge, scout, and how each request has fared."""
 
     REQUEST_MEMORY = 0.93
     PRIOR_TOKENS = 4.0  # a new request counts as this many tokens of the common mean
-    COMMON_RATE = 0.002
+    COMMON_MEMORY = 500.0
     NUM_BINS = 10
 
     def __init__(self) -> None:
         self.judge = OnlineLogistic(JUDGE_PRIOR)
         self.scout = OnlineLogistic(SCOUT_PRIOR)
         self.mean = 0.65
-        self._requests: dict[int, _RequestHistory] = {}
+        self._requests: dict[int, tuple[float, float]] = {}  # accepted, seen; forgotten slowly
         self._bins = np.zeros((self.NUM_BINS, 3))  # predictions, outcomes, count
 
     def history(self, keys: Sequence[int]) -> Floats:
         """Return each request's acceptance less the common mean; 0 for a new one."""
-        return np.array(
-            [r.num_accepted / r.num_seen - self.mean if (r := self._requests.get(k)) else 0.0
-             for k in keys]
-        )  # fmt: skip
+        found = [self._requests.get(key) for key in keys]
+        return np.array([pair[0] / pair[1] - self.mean if pair else 0.0 for pair in found])
 
-    def observe(self, key: int, confidences: Sequence[float], num_accepted: int) -> None:
-        """Learn a row's outcome.
-
-        Args:
-            confidences: of the *verified* draft tokens.
-            num_accepted: of these; the one after them, if any, was rejected.
-        """
-        if not confidences:
+    def observe(self, outcomes: Sequence[Outcome]) -> None:
+        """Learn what a step's verification said."""
+        if not outcomes:
             return
-        request = self._requests.get(key)
-        if request is None:
-            seen = self.PRIOR_TOKENS
-            request = self._requests[key] = _RequestHistory(seen * self.mean, seen)
-        z = logit(np.asarray(confidences[: num_accepted + 1], dtype=np.float64))
-        history = np.array([request.num_accepted / request.num_seen - self.mean])
-        for position in range(len(z)):
-            accepted = position < num_accepted
-            now, before = z[position : position + 1], z[max(0, position - 1) : max(1, position)]
-            predicted = self.judge.observe(judge_features(now, position, history)[0], accepted)
-            self.scout.observe(scout_features(before, position, history)[0], accepted)
-            self._count(predicted, accepted)
-            request.observe(accepted)
-            self.mean += self.COMMON_RATE * (accepted - self.mean)
+        lengths = np.array([min(len(o.confidences), o.num_accepted + 1) for o in outcomes])
+        row = np.repeat(np.arange(len(outcomes)), lengths)
+        position = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        z = logit(
+            np.array([c for o, n in zip(outcomes, lengths, strict=True) for c in o.confidences[:n]])
+        )
+        before = np.where(position > 0, np.roll(z, 1), 0.0)
+        history = self.history([o.key for o in outcomes])[row]
+        accepted = (position < np.array([o.num_accepted for o in outcomes])[row]).astype(float)
+        predicted = self.judge.observe(judge_features(z, position, history), accepted)
+        self.scout.observe(scout_features(before, position, history), accepted)
+        self._count(predicted, accepted)
+        self._remember(outcomes)
+        rate = 1.0 - np.exp(-len(row) / self.COMMON_MEMORY)
+        self.mean += rate * (float(accepted.mean()) - self.mean)
 
     def forget(self, keys: Sequence[int]) -> None:
         """Drop finished requests."""
@@ -159,8 +170,17 @@ class AcceptanceModel:
         total = used[:, 2].sum()
         return float(np.abs(used[:, 0] - used[:, 1]).sum() / total) if total else 0.0
 
-    def _count(self, predicted: float, accepted: bool) -> None:
-        self._bins *= 0.9999
-        self._bins[min(int(predicted * self.NUM_BINS), self.NUM_BINS - 1)] += (
-            predicted, accepted, 1.0,
-        )  # fmt: skip
+    def _remember(self, outcomes: Sequence[Outcome]) -> None:
+        """Forget a little, then add; a new request begins with the mean of all."""
+        for key, confidences, num_accepted in outcomes:
+            prior = (self.PRIOR_TOKENS * self.mean, self.PRIOR_TOKENS)
+            accepted, seen = self._requests.get(key, prior)
+            num_seen = min(len(confidences), num_accepted + 1)
+            kept = self.REQUEST_MEMORY**num_seen
+            self._requests[key] = (accepted * kept + num_accepted, seen * kept + num_seen)
+
+    def _count(self, predicted: Floats, accepted: Floats) -> None:
+        bins = np.minimum((predicted * self.NUM_BINS).astype(int), self.NUM_BINS - 1)
+        self._bins *= 0.9999 ** len(bins)
+        for column, values in enumerate((predicted, accepted, np.ones(len(bins)))):
+            self._bins[:, column] += np.bincount(bins, values, minlength=self.NUM_BINS)

@@ -51,13 +51,32 @@ class StepTimeModel:
         """Predict one verification."""
         return float(self.verify_curve(num_tokens, 0, context_tokens, num_prompt_tokens)[0])
 
-    def forward_curve(self, num_rows: int) -> Floats:
-        """Predict one more draft forward of 0, 1, ..., num_rows rows: [num_rows + 1] seconds."""
-        return self._draft.forward(np.arange(num_rows + 1, dtype=np.float64))
+    def forward_curve(self, num_rows: int, context_tokens: int = 0) -> Floats:
+        """Predict one more draft forward of 0, 1, ..., num_rows rows.
 
-    def draft_s(self, rows_of_forwards: Sequence[int], num_catch_up_tokens: int = 0) -> float:
-        """Predict a whole draft call; no forwards take no time."""
-        return self._draft.call(rows_of_forwards, num_catch_up_tokens)
+        Args:
+            context_tokens: cached tokens of all num_rows rows; fewer rows read their share.
+
+        Returns:
+            [num_rows + 1] seconds.
+        """
+        context_of_row = context_tokens / max(1, num_rows)
+        return self._draft.forward(np.arange(num_rows + 1, dtype=np.float64), context_of_row)
+
+    def draft_s(
+        self,
+        rows_of_forwards: Sequence[int],
+        num_catch_up_tokens: int = 0,
+        context_tokens: int = 0,
+    ) -> float:
+        """Predict a whole draft call; no forwards take no time.
+
+        Args:
+            rows_of_forwards: rows of the first, second, ... forward.
+            num_catch_up_tokens: of the first forward, one per row included.
+            context_tokens: cached tokens of the first forward's rows.
+        """
+        return self._draft.call(rows_of_forwards, num_catch_up_tokens, context_tokens)
 
     def observe_verify(
         self, num_tokens: int, context_tokens: int, num_prompt_tokens: int, seconds: float
@@ -67,11 +86,15 @@ class StepTimeModel:
         self._verify.correction.observe(num_tokens, predicted, seconds)
 
     def observe_draft(
-        self, rows_of_forwards: Sequence[int], num_catch_up_tokens: int, seconds: float
+        self,
+        rows_of_forwards: Sequence[int],
+        num_catch_up_tokens: int,
+        context_tokens: int,
+        seconds: float,
     ) -> None:
         """Learn one measured draft call."""
         if rows_of_forwards:
-            predicted = self.draft_s(rows_of_forwards, num_catch_up_tokens)
+            predicted = self.draft_s(rows_of_forwards, num_catch_up_tokens, context_tokens)
             self._draft.correction.observe(rows_of_forwards[0], predicted, seconds)
 
     def verify_error(self) -> tuple[float, float]:
@@ -174,32 +197,41 @@ class _VerifyTime:
 
 
 class _DraftTime:
-    """overhead + sum over forwards of (base + rows * per_row) + catch-up tokens * per_token."""
+    """Catch-up tokens and forwards, each linear; kv per token of context in each forward."""
 
     def __init__(self, samples: Sequence[DraftSample]) -> None:
         columns = [
-            [1.0, s.num_forwards, s.num_forwards * s.num_rows, s.num_catch_up_tokens - s.num_rows]
+            [
+                1.0,
+                s.num_catch_up_tokens - s.num_rows,
+                s.num_forwards,
+                s.num_forwards * s.num_rows,
+                s.num_forwards * s.context_tokens,
+            ]
             for s in samples
         ]
         t = np.array([s.seconds for s in samples])
         weight = 1.0 / t  # relative error counts
         solution = _non_negative_least_squares(np.array(columns) * weight[:, None], t * weight)
-        self._overhead, self._base, self._per_row, self._per_token = solution
+        self._overhead, self._per_token, self._base, self._per_row, self._kv = solution
         self.correction = Correction()
 
-    def forward(self, rows: Floats) -> Floats:
-        seconds: Floats = (self._base + self._per_row * rows) * self.correction.factor(rows)
+    def forward(self, rows: Floats, context_of_row: float) -> Floats:
+        per_row = self._per_row + self._kv * context_of_row
+        seconds: Floats = (self._base + per_row * rows) * self.correction.factor(rows)
         seconds[rows == 0] = 0.0
         return seconds
 
-    def call(self, rows_of_forwards: Sequence[int], num_catch_up_tokens: int) -> float:
+    def call(
+        self, rows_of_forwards: Sequence[int], num_catch_up_tokens: int, context_tokens: int
+    ) -> float:
         if not rows_of_forwards:
             return 0.0
         rows = np.array(rows_of_forwards, dtype=np.float64)
         more = max(0, num_catch_up_tokens - rows_of_forwards[0])
         first = self._overhead + self._per_token * more
-        factor = float(self.correction.factor(rows[:1])[0])
-        return float(self.forward(rows).sum()) + first * factor
+        forwards = self.forward(rows, context_tokens / rows[0]).sum()
+        return float(forwards + first * self.correction.factor(rows[:1])[0])
 
 
 def isotonic(values: Floats) -> Floats:
@@ -216,15 +248,14 @@ def isotonic(values: Floats) -> Floats:
     return np.repeat([value for value, _ in pools], [count for _, count in pools])
 
 
-def _non_negative_least_squares(matrix: Floats, values: Floats) -> list[float]:
-    """Solve for coefficients of at least 0: drop the most negative one until none is."""
-    active = list(range(matrix.shape[1]))
-    while True:
-        found, *_ = np.linalg.lstsq(matrix[:, active], values, rcond=None)
-        if (found >= 0).all():
-            break
-        del active[int(found.argmin())]
-    solution = [0.0] * matrix.shape[1]
-    for index, value in zip(active, found, strict=True):
-        solution[index] = float(value)
-    return solution
+def _non_negative_least_squares(matrix: Floats, values: Floats, sweeps: int = 2000) -> list[float]:
+    """Solve for coefficients of at least 0, by coordinate descent."""
+    solution = np.zeros(matrix.shape[1])
+    squares = np.maximum((matrix * matrix).sum(axis=0), 1e-300)
+    residual = values.astype(np.float64)
+    for _ in range(sweeps):
+        for j in range(len(solution)):
+            new = max(0.0, solution[j] + matrix[:, j] @ residual / squares[j])
+            residual -= matrix[:, j] * (new - solution[j])
+            solution[j] = new
+    return [float(x) for x in solution]

@@ -1,0 +1,202 @@
+"""The controller: expected tokens per second, subject to what each request is owed."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specserve.batch import Batch, DraftPlan, Row, StepRecord
+from specserve.config import PolicyConfig
+from specserve.optimum import Best, best_total
+from specserve.policies import needed
+from specserve.predictor.acceptance import AcceptanceModel, Outcome, judge_features, logit, sigmoid
+from specserve.predictor.step_time import StepTimeModel
+from specserve.stop_rules import ValueRule
+
+NEEDS_PROFILE = True
+Floats = NDArray[np.float64]
+
+
+def make(config: PolicyConfig, step_time: StepTimeModel | None = None) -> "SpecServePolicy":
+    """Make the controller on a predictor."""
+    return SpecServePolicy(config, needed(step_time, "specserve"))
+
+
+@dataclass(slots=True)
+class _Step:
+    """What one step's plan and selection share.
+
+    Attributes:
+        verify_s: [m + 1], seconds to verify with 0, ..., m draft tokens.
+        rows_of_forwards: known after drafting.
+        is_exploring: everything drafted is verified, to learn.
+    """
+
+    num_tokens: int
+    num_prompt_tokens: int
+    context_tokens: int
+    verify_s: Floats
+    is_exploring: bool = False
+
+
+class SpecServePolicy:
+    """Draft and verify what raises the predicted token rate; owed tokens first.
+
+    * Survival: the judge's acceptance, multiplied along the row; calibrated online.
+    * Drafting: a `ValueRule`, evaluated beside the draft engine after every forward.
+    * Verification: the exact optimum over all totals, on the true staircase.
+    * Off: when no draft is expected to pay. A share of the steps explores all the same, and the
+      answer has to be clear in either direction before the mode changes.
+
+    Attributes:
+        reasons: rows by what decided their length: owed, yield, cap, off, explore, fixed.
+    """
+
+    EXPLORE_EVERY = 48  # steps while off
+    EXPLORE_TOKENS = 2
+    ON_MARGIN = 1.02  # promised over plain rate that turns speculation on
+    OFF_MARGIN = 1.0
+
+    def __init__(self, config: PolicyConfig, step_time: StepTimeModel) -> None:
+        self.config = config
+        self.step_time = step_time
+        self.acceptance = AcceptanceModel()
+        self.reasons: Counter[str] = Counter()
+        self._is_on = True
+        self._num_steps_off = 0
+        self._step: _Step | None = None
+
+    # -- plan ----------------------------------------------------------------------------------
+
+    def plan(self, rows: Sequence[Row]) -> DraftPlan:
+        """Say which rows may draft, and hand the rule that stops them to the draft engine."""
+        caps = np.array([min(r.max_draft_tokens, self.config.max_draft_tokens) for r in rows])
+        step = self._step = self._look(rows, int(caps.sum()))
+        rule = self._rule(rows, step, caps)
+        begins = self._gate(rule, caps)
+        self._num_steps_off = 0 if begins.any() else self._num_steps_off + 1
+        if not begins.any() and self._num_steps_off % self.EXPLORE_EVERY == 0:
+            step.is_exploring = True
+            caps = np.minimum(caps, self.EXPLORE_TOKENS)
+            return DraftPlan(caps.tolist())
+        return DraftPlan(np.where(begins, caps, 0).tolist(), rule)
+
+    def _look(self, rows: Sequence[Row], num_draft_tokens: int) -> _Step:
+        num_tokens = sum(len(row.token_ids) for row in rows)
+        prompt = sum(len(row.token_ids) - row.samples for row in rows)
+        context = sum(row.num_computed_tokens for row in rows)
+        curve = self.step_time.verify_curve(num_tokens, num_draft_tokens, context, prompt)
+        return _Step(num_tokens, prompt, context, curve)
+
+    def _rule(self, rows: Sequence[Row], step: _Step, caps: NDArray[np.int64]) -> ValueRule:
+        drafting = [row for row, cap in zip(rows, caps, strict=True) if cap]
+        context = sum(row.num_computed_tokens for row in drafting)
+        forward_s = self.step_time.forward_curve(len(drafting), context)
+        first_s = self.step_time.draft_s([len(drafting)], 0, context) if drafting else 0.0
+        return ValueRule(
+            judge=self.acceptance.judge.weights,
+            scout=self.acceptance.scout.weights,
+            history=self.acceptance.history([row.key for row in rows]),
+            weight=np.array([np.inf if row.has_fixed_draft else 1.0 for row in rows]),
+            verify_s=step.verify_s,
+            forward_s=np.pad(forward_s, (0, len(rows) - len(drafting)), mode="edge"),
+            base=np.array([sum(row.samples for row in rows), first_s - forward_s[-1], 1.0]),
+        )
+
+    def _gate(self, rule: ValueRule, caps: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Say which rows draft at all, with hysteresis over the whole batch."""
+        may = np.flatnonzero(caps)
+        begins = np.zeros(len(caps), dtype=bool)
+        if len(may):
+            part = rule.part_of(may.tolist())
+            margin = self.OFF_MARGIN if self._is_on else self.ON_MARGIN
+            begins[may] = part.start().begins_with(margin)
+            self._is_on = bool(begins.any())
+        return begins
+
+    # -- select --------------------------------------------------------------------------------
+
+    def select(self, batch: Batch, confidences: Sequence[Sequence[float]]) -> list[int]:
+        """Verify the tokens that pay, the most likely ones first."""
+        lengths = [len(values) for values in confidences]
+        step = self._step
+        if step is None or not any(lengths):
+            self.reasons["off"] += len(lengths)
+            return lengths
+        if step.is_exploring:
+            self.reasons["explore"] += len(lengths)
+            return lengths
+        survival = self._survivals(batch, confidences, lengths)
+        draft_s = self.step_time.draft_s(*_draft_call(batch.rows, lengths))
+        chosen = self._choose(batch, step, survival, draft_s)
+        for i, row in enumerate(batch.rows):
+            self.reasons["fixed" if row.has_fixed_draft else "yield"] += 1
+            if row.has_fixed_draft:
+                chosen[i] = lengths[i]
+        return chosen
+
+    def _survivals(
+        self, batch: Batch, confidences: Sequence[Sequence[float]], lengths: list[int]
+    ) -> Floats:
+        """Return [num_rows, longest draft], 0 beyond a row's draft."""
+        num_rows, longest = len(lengths), max(lengths)
+        history = self.acceptance.history([row.key for row in batch.rows])
+        survival = np.zeros((num_rows, longest))
+        running = np.ones(num_rows)
+        for j in range(longest):
+            rows = np.flatnonzero(np.array(lengths) > j)
+            z = logit(np.array([confidences[i][j] for i in rows]))
+            features = judge_features(z, j, history[rows])
+            running[rows] *= sigmoid(features @ self.acceptance.judge.weights)
+            survival[rows, j] = running[rows]
+        return survival
+
+    def _choose(self, batch: Batch, step: _Step, survival: Floats, draft_s: float) -> list[int]:
+        """Take the best number of tokens in order of survival; ties keep the order of positions."""
+        positions = np.tile(np.arange(survival.shape[1]), len(survival))
+        order = np.lexsort((positions, -survival.ravel()))
+        gains = survival.ravel()[order]
+        gains = gains[gains > 0]
+        base_yield = float(sum(row.samples for row in batch.rows))
+        best: Best = best_total(gains, base_yield, step.verify_s, draft_s)
+        rows = order[: best.num_tokens] // survival.shape[1]
+        return np.bincount(rows, minlength=len(survival)).tolist()  # type: ignore[no-any-return]
+
+    # -- observe -------------------------------------------------------------------------------
+
+    def observe(self, record: StepRecord) -> None:
+        """Learn step time and acceptance."""
+        self.acceptance.observe(
+            [
+                Outcome(row.key, draft.confidences[: len(choice)], verified.num_accepted_tokens)
+                for row, draft, choice, verified in zip(
+                    record.batch.rows, record.drafts, record.chosen, record.outputs, strict=True
+                )
+                if choice
+            ]
+        )
+        self._observe_time(record)
+
+    def _observe_time(self, record: StepRecord) -> None:
+        rows = record.batch.rows
+        num_tokens = record.batch.num_base_tokens + sum(map(len, record.chosen))
+        prompt = sum(len(row.token_ids) - row.samples for row in rows)
+        context = sum(row.num_computed_tokens for row in rows)
+        if rows:
+            self.step_time.observe_verify(num_tokens, context, prompt, record.verify_time_s)
+        lengths = [len(draft.token_ids) for draft in record.drafts]
+        self.step_time.observe_draft(*_draft_call(rows, lengths), record.draft_time_s)
+
+    def release(self, keys: Sequence[int]) -> None:
+        """Forget finished requests."""
+        self.acceptance.forget(keys)
+
+
+def _draft_call(rows: Sequence[Row], lengths: Sequence[int]) -> tuple[list[int], int, int]:
+    """Describe a draft call: rows of each forward, catch-up tokens, context."""
+    forwards = [sum(n > j for n in lengths) for j in range(max(lengths, default=0))]
+    drafting = [row for row, n in zip(rows, lengths, strict=True) if n]
+    catch_up = sum(len(row.catch_up_token_ids) for row in drafting)
+    return forwards, catch_up, sum(row.num_draft_computed_tokens for row in drafting)

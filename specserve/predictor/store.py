@@ -1,0 +1,82 @@
+"""Where profiles live, and which one belongs to this pair on this machine."""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+from specserve import manifest
+from specserve.config import Config
+from specserve.predictor.profile import Profile
+
+logger = logging.getLogger(__name__)
+
+
+def fingerprint(config: Config) -> dict[str, str]:
+    """Say what step times depend on: device, engine, precision, threads, versions, pair."""
+    engine = config.engine
+    pair = {role: manifest.load(Path(engine.dir) / role) for role in ("draft", "target")}
+    return {
+        "device": _cpu_name(),
+        "num_cores": str(len(os.sched_getaffinity(0))),
+        "engine": engine.name,
+        "engine_version": _version(engine.name),
+        "precision": engine.precision,
+        "num_threads": str(engine.num_threads),
+        "block_size": str(engine.block_size),
+        **{f"{role}_source": m.source.sha256 for role, m in pair.items()},
+        **{f"{role}_parameters": str(m.num_parameters) for role, m in pair.items()},
+        **{f"{role}_weights": m.precision for role, m in pair.items()},
+    }
+
+
+def path_of(marks: dict[str, str]) -> Path:
+    """Return where the profile with this fingerprint is kept, whether or not it exists."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    digest = hashlib.sha256(json.dumps(marks, sort_keys=True).encode()).hexdigest()[:16]
+    return cache / "specserve" / "profiles" / f"{digest}.json"
+
+
+def load_or_measure(config: Config, measure: Callable[[dict[str, str]], Profile]) -> Profile:
+    """Return the configured profile, the stored one, or a new one, which is then stored.
+
+    Raises:
+        ValueError: the configuration names a profile of something else.
+    """
+    marks = fingerprint(config)
+    if config.policy.profile:
+        profile = Profile.load(Path(config.policy.profile))
+        profile.check(marks)
+        return profile
+    path = path_of(marks)
+    if path.is_file():
+        try:
+            profile = Profile.load(path)
+            profile.check(marks)
+            return profile
+        except ValueError as error:
+            logger.warning("%s; measuring again", error)
+    profile = measure(marks)
+    try:
+        profile.save(path)
+    except OSError as error:
+        logger.warning("profile not stored: %s", error.strerror)
+    return profile
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
