@@ -81,10 +81,10 @@ class CallParser:
             sampling=self._sampling(read),
             request_id=request_id,
             slo=SLO(read.seconds("slo_ttft_ms"), read.seconds("slo_tpot_ms")),
+            priority_class=read.text("priority_class") or "",
             max_draft_tokens=self._max_draft_tokens(read),
             num_draft_tokens=read.count("num_draft_tokens"),
         )
-        read.text("priority_class")
         exclude = read.flag("exclude_input_in_output", self._config.server.exclude_input_in_output)
         stream = read.flag("stream", False)
         return Call(

@@ -14,10 +14,11 @@ from python_backend.metrics import Metrics
 from python_backend.reply import FINAL, Reply, send_error
 from python_backend.responder import Responder
 from specserve import engines
-from specserve.assemble import assemble, plain_decoding, policy_for
+from specserve.assemble import assemble, prepare
 from specserve.config import Config, load_config
 from specserve.engines.triton import TritonDraftEngine, TritonTargetEngine
 from specserve.loop import Loop
+from specserve.policies.fixed import FixedPolicy
 from specserve.text import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -43,15 +44,16 @@ class OrchestratorModel:
             info=info,
             draft_engine=draft,
             target_engine=target,
-            policy=plain_decoding(),  # until the other two models can be measured
+            policy=FixedPolicy(0),  # until the other two models can be called
         )
 
-        def prepare() -> None:
-            core.use(policy_for(config, draft, target, info))
-            logger.info("policy '%s'", config.policy.name)
-
         self._responder = Responder(tick=Metrics(core, draft, target).publish)
-        self._loop = Loop(core, self._responder.put, self._responder.put_failure, prepare)
+        self._loop = Loop(
+            core,
+            self._responder.put,
+            self._responder.put_failure,
+            lambda: prepare(core, config, info),
+        )
         self._responder.start(self._loop)
         self._is_started = False
 

@@ -11,7 +11,7 @@ import triton_python_backend_utils as pb_utils
 from python_backend.reply import Reply
 from specserve.loop import Loop
 from specserve.request import FinishReason, Request
-from specserve.scheduler import StepOutput
+from specserve.scheduler import Rejected, StepOutput
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Responder:
 
     def put_failure(self, requests: list[Request], error: Exception) -> None:
         """Queue the failure of requests; from any thread."""
-        self._queue.put(lambda: self._fail(requests))
+        self._queue.put(lambda: self._fail(requests, error))
 
     def cancel(self, request_id: str) -> None:
         """Queue the cancellation of every request with this client's id; from any thread."""
@@ -106,12 +106,13 @@ class Responder:
                 reply.fail("cancelled by a stop request", pb_utils.TritonError.CANCELLED)
                 self._end(reply, FinishReason.CANCELLED)
 
-    def _fail(self, requests: list[Request]) -> None:
+    def _fail(self, requests: list[Request], error: Exception) -> None:
+        message = str(error) if isinstance(error, Rejected) else "a step failed: try again"
         for request in requests:
             reply = self._replies.get(request.key)
             if reply is not None:
-                reply.fail("a step failed: try again", pb_utils.TritonError.UNAVAILABLE)
-                self._end(reply, FinishReason.ERROR)
+                reply.fail(message, pb_utils.TritonError.UNAVAILABLE)
+                self._end(reply, request.finish_reason or FinishReason.ERROR)
 
     def _end(self, reply: Reply, reason: FinishReason) -> None:
         request = reply.request

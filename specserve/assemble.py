@@ -10,6 +10,7 @@ from specserve.config import Config
 from specserve.core import SpecServe
 from specserve.engines import DraftEngine, EngineInfo, TargetEngine
 from specserve.engines.guarded import GuardedDraftEngine
+from specserve.pacing import Pacer
 from specserve.policies import Policy, make_policy, needs_profile
 from specserve.policies.fixed import FixedPolicy
 from specserve.predictor.measure import measure
@@ -30,8 +31,7 @@ def assemble(
     """Make scheduler and step; load in this process the engines that are not given.
 
     Args:
-        policy: None makes the configured one, measuring the engines if it needs a profile and
-            there is none yet.
+        policy: None makes the configured one, see `prepare`.
 
     Raises:
         ValueError: a configuration that cannot work, naming the value, the limit and the fix.
@@ -39,28 +39,37 @@ def assemble(
     info = info or engines.describe(config)
     draft = draft_engine or engines.make_draft_engine(config)
     target = target_engine or engines.make_target_engine(config)
-    policy = policy or policy_for(config, draft, target, info)
     limit = config.scheduler.max_seq_len or info.max_seq_len
     if limit > info.max_seq_len:
         raise ValueError(
             f"scheduler.max_seq_len is {limit}: the engines were built for {info.max_seq_len}"
         )
     blocks = BlockManager(info.num_blocks, info.block_size)
-    scheduler = Scheduler(replace(config.scheduler, max_seq_len=limit), blocks, policy)
+    first = policy or FixedPolicy(0)
+    scheduler = Scheduler(
+        replace(config.scheduler, max_seq_len=limit),
+        blocks,
+        first,
+        config.slo,
+        config.policy.max_draft_tokens,
+    )
     guarded = GuardedDraftEngine(draft, config.server.draft_retry_s, clock)
-    return SpecServe(scheduler, policy, guarded, target, clock)
+    core = SpecServe(scheduler, first, guarded, target, clock)
+    if policy is None:
+        prepare(core, config, info)
+    return core
 
 
-def policy_for(
-    config: Config, draft: DraftEngine, target: TargetEngine, info: EngineInfo
-) -> Policy:
-    """Make the configured policy, on a profile of these engines if it needs one."""
+def prepare(core: SpecServe, config: Config, info: EngineInfo) -> None:
+    """Give a core its configured policy, on a profile of its engines if it needs one.
+
+    The engines must answer: this may measure them, which takes seconds.
+    """
     if not needs_profile(config.policy.name):
-        return make_policy(config.policy)
-    profile = load_or_measure(config, lambda marks: measure(draft, target, info, marks))
-    return make_policy(config.policy, StepTimeModel(profile))
-
-
-def plain_decoding() -> Policy:
-    """Return what serves while there is no predictor yet."""
-    return FixedPolicy(0)
+        core.use(make_policy(config.policy), None)
+        return
+    profile = load_or_measure(
+        config, lambda marks: measure(core.draft_engine.inner, core.target_engine, info, marks)
+    )
+    step_time = StepTimeModel(profile)
+    core.use(make_policy(config.policy, step_time), Pacer(step_time))

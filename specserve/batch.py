@@ -28,6 +28,8 @@ class Row:
         max_draft_tokens: this step's cap, 0 for no draft.
         num_draft_computed_tokens: position of the first token the draft engine has not seen.
         catch_up_token_ids: tokens from there to the end of the known ones; empty without a draft.
+        owed_tokens: missing from the request's schedule when the step began; below 0 is ahead.
+        tpot_s: the objective behind that; None for best effort.
         has_fixed_draft: the request asked for this length; policies leave it as it is.
     """
 
@@ -42,6 +44,8 @@ class Row:
     num_draft_computed_tokens: int = 0
     catch_up_token_ids: list[int] = field(default_factory=list)
     has_fixed_draft: bool = False
+    owed_tokens: float = float("-inf")
+    tpot_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,6 +93,20 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SLOConfig:
+    """What latency objectives lead to.
+
+    Attributes:
+        reject_late_classes: requests of these priority classes are refused early, with the
+            predicted wait, when they cannot meet their TTFT; others are served as well as can be.
+        best_effort_ttft_s: a request without a TTFT objective waits in line as if it had this one.
+    """
+
+    reject_late_classes: tuple[str, ...] = ("interactive",)
+    best_effort_ttft_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
 class LimitsConfig:
     """What one request may ask for."""
 
@@ -122,6 +136,7 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    slo: SLOConfig = field(default_factory=SLOConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
 
@@ -184,6 +199,11 @@ def _convert(expected: Any, value: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise ValueError(f"{where} is {value!r}, expected a table")
         return build(expected, value, where)
+    if typing.get_origin(expected) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where} is {value!r}, expected a list")
+        kind = typing.get_args(expected)[0]
+        return tuple(_convert(kind, item, f"{where}[{i}]") for i, item in enumerate(value))
     if typing.get_origin(expected) in (typing.Union, types.UnionType):
         expected = typing.get_args(expected)
     else:
@@ -208,9 +228,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     tree.setdefault(section, {})[key] = value
 
 
-def _toml(value: bool | int | float | str) -> str:
+def _toml(value: bool | int | float | str | tuple[str, ...]) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
     if isinstance(value, str):
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
     return repr(value)

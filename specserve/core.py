@@ -4,7 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from specserve.batch import Batch, Draft, StepRecord
-from specserve.engines import DraftEngine, TargetEngine
+from specserve.engines import TargetEngine
+from specserve.engines.guarded import GuardedDraftEngine
+from specserve.pacing import Pacer
 from specserve.policies import Policy
 from specserve.scheduler import Scheduler, StepOutput
 from specserve.stats import Stats
@@ -20,7 +22,7 @@ class SpecServe:
         self,
         scheduler: Scheduler,
         policy: Policy,
-        draft_engine: DraftEngine,
+        draft_engine: GuardedDraftEngine,
         target_engine: TargetEngine,
         clock: Clock,
     ) -> None:
@@ -31,9 +33,10 @@ class SpecServe:
         self.clock = clock
         self.stats = Stats()
 
-    def use(self, policy: Policy) -> None:
-        """Change the policy, between steps."""
+    def use(self, policy: Policy, pacer: Pacer | None) -> None:
+        """Change the policy and what paces the scheduler, between steps."""
         self.policy = self.scheduler.policy = policy
+        self.scheduler.pacer = pacer
 
     def step(self) -> list[StepOutput]:
         """Advance every scheduled request; return what each of them got."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from specserve.core import SpecServe
 from specserve.request import FinishReason, Request
-from specserve.scheduler import StepOutput
+from specserve.scheduler import Rejected, StepOutput
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ class Loop:
     Args:
         core: what steps; touched by this loop's thread only, once started.
         sink: called in the loop's thread with each step's outputs; must not block.
-        on_error: called with the requests that a failed step has ended.
+        on_error: called with the requests that a failed step has ended, or that were rejected.
         prepare: called in the loop's thread before the first step, to measure the engines, say;
             if it fails, serving goes on with what the core has.
     """
@@ -63,11 +63,18 @@ class Loop:
         """
         self.core.scheduler.check(request)
         request.arrival_s = self.core.clock()
-        self._post(lambda: self.core.scheduler.submit(request))
+        self._post(lambda: self._admit(request))
 
     def abort(self, key: int, reason: FinishReason = FinishReason.CANCELLED) -> None:
         """End a request before the next step and free its memory; unknown keys are ignored."""
         self._post(lambda: self.core.scheduler.abort(key, reason))
+
+    def _admit(self, request: Request) -> None:
+        try:
+            self.core.scheduler.submit(request, self.core.clock())
+        except Rejected as rejection:
+            request.finish_reason = FinishReason.REJECTED
+            self._on_error([request], rejection)
 
     def _post(self, action: Callable[[], object]) -> None:
         with self._wake:

@@ -16,6 +16,7 @@ class FinishReason(Enum):
     END_ID = "end_id"
     STOP_WORD = "stop_word"
     CANCELLED = "cancelled"
+    REJECTED = "rejected"
     ERROR = "error"
 
 
@@ -49,6 +50,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     request_id: str = ""
     slo: SLO = field(default_factory=SLO)
+    priority_class: str = ""
     max_draft_tokens: int | None = None
     num_draft_tokens: int | None = None
     key: int = field(default_factory=lambda: next(_KEYS))
@@ -67,6 +69,7 @@ class Request:
     num_drafted_tokens: int = 0
     num_verified_tokens: int = 0
     num_accepted_tokens: int = 0
+    num_decode_steps: int = 0
     num_preemptions: int = 0
 
     def __post_init__(self) -> None:
@@ -92,6 +95,19 @@ class Request:
     def num_draftable_tokens(self) -> int:
         """The longest draft that cannot run past `max_tokens`: the step adds one token itself."""
         return max(0, self.max_tokens - self.num_output_tokens - 1)
+
+    @property
+    def met_slo(self) -> bool | None:
+        """Whether a request that has its first token met every objective; None without any."""
+        if self.slo.ttft_s is None and self.slo.tpot_s is None:
+            return None
+        if self.first_token_s is None or self.last_token_s is None:
+            return False
+        gaps = max(1, self.num_output_tokens - 1)
+        ttft_s = self.first_token_s - self.arrival_s
+        tpot_s = (self.last_token_s - self.first_token_s) / gaps
+        met_ttft = self.slo.ttft_s is None or ttft_s <= self.slo.ttft_s
+        return met_ttft and (self.slo.tpot_s is None or tpot_s <= self.slo.tpot_s)
 
     @property
     def is_finished(self) -> bool:

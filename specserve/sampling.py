@@ -88,16 +88,19 @@ def target_probs(
     Returns:
         [n, vocab_size], rows sum to 1.
     """
-    scaled = logits / temperature[:, None]
-    probs: Floats = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    coldest = np.float32(1e-30)  # below it, 0 / temperature would not be 0
+    probs: Floats = np.exp(shifted / np.maximum(temperature, coldest)[:, None])
     if np.any(min_p > 0):
         probs[probs < min_p[:, None]] = 0.0  # the most likely token stands at exactly 1
     if np.any((top_k > 0) & (top_k < probs.shape[1])):
         probs[probs < _kth_largest(probs, top_k)[:, None]] = 0.0
     probs /= probs.sum(axis=1, keepdims=True)
-    if np.any(top_p < 1):
-        probs[probs < _nucleus_border(probs, top_p)[:, None]] = 0.0
-        probs /= probs.sum(axis=1, keepdims=True)
+    rows = top_p < 1  # a row's numbers must not depend on what others in the batch ask for
+    if rows.any():
+        kept = probs[rows]
+        kept[kept < _nucleus_border(kept, top_p[rows])[:, None]] = 0.0
+        probs[rows] = kept / kept.sum(axis=1, keepdims=True)
     return probs
 
 
@@ -159,13 +162,11 @@ def _kth_largest(probs: Floats, top_k: Ints) -> Floats:
 
 
 def _nucleus_border(probs: Floats, top_p: Floats) -> Floats:
-    """Return, per row, the smallest probability that top-p keeps; 0 where it is off."""
-    border = np.zeros(len(probs), dtype=np.float32)
-    rows = np.flatnonzero(top_p < 1)
-    ordered = -np.sort(-probs[rows], axis=1)
+    """Return, per row, the smallest probability that top-p keeps."""
+    ordered = -np.sort(-probs, axis=1)
     mass_before = np.cumsum(ordered, axis=1, dtype=np.float64) - ordered
-    last = (mass_before < top_p[rows, None]).sum(axis=1) - 1
-    border[rows] = ordered[np.arange(len(rows)), last]
+    last = np.maximum((mass_before < top_p[:, None]).sum(axis=1) - 1, 0)
+    border: Floats = ordered[np.arange(len(probs)), last]
     return border
 
 

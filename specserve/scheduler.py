@@ -4,12 +4,14 @@ Owns the queues, the requests' counters and the block tables. Knows no tensors a
 to draft is the policy's decision, within the limits set here.
 """
 
+from bisect import insort
 from collections import deque
 from dataclasses import dataclass
 
 from specserve.batch import Batch, Draft, Row, Verified
 from specserve.block_manager import BlockManager
-from specserve.config import SchedulerConfig
+from specserve.config import SchedulerConfig, SLOConfig
+from specserve.pacing import Pacer, owed_tokens, slack_s
 from specserve.policies import Policy
 from specserve.request import FinishReason, Request
 from specserve.stop_rules import StopRule
@@ -25,15 +27,35 @@ class StepOutput:
     finish_reason: FinishReason | None
 
 
+class Rejected(Exception):
+    """A request that would miss its objective, refused before any work; the text is for clients."""
+
+
 class Scheduler:
     """Continuous batching: every step closes a part of every request's gap.
 
     A request waits, runs and finishes; a running one may be preempted (all blocks given back, its
     tokens recomputed later) when memory runs out. There are no phases: a prompt, a chunk of it and
     a decoded token are all base tokens.
+
+    Requests wait in order of their TTFT deadlines. With a `Pacer`, prompt chunks are cut so that
+    decoding rows stay on schedule, and requests that would be late can be refused early.
+
+    Args:
+        max_draft_tokens: hard cap of a row and step, whatever policy and request ask for.
     """
 
-    def __init__(self, config: SchedulerConfig, blocks: BlockManager, policy: Policy) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        blocks: BlockManager,
+        policy: Policy,
+        slo: SLOConfig | None = None,
+        max_draft_tokens: int = 8,
+    ) -> None:
+        for name in ("max_num_seqs", "prefill_chunk_tokens"):
+            if getattr(config, name) < 1:
+                raise ValueError(f"scheduler.{name} is {getattr(config, name)}: must be at least 1")
         if config.max_num_batched_tokens < config.max_num_seqs:
             raise ValueError(
                 f"scheduler.max_num_batched_tokens is {config.max_num_batched_tokens}: must be at "
@@ -42,6 +64,9 @@ class Scheduler:
         self.config = config
         self.blocks = blocks
         self.policy = policy
+        self.pacer: Pacer | None = None
+        self.slo = slo or SLOConfig()
+        self.max_draft_tokens = max_draft_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._requests: dict[int, Request] = {}
@@ -50,15 +75,46 @@ class Scheduler:
 
     # -- requests in and out -------------------------------------------------------------------
 
-    def submit(self, request: Request) -> None:
-        """Queue a request.
+    def submit(self, request: Request, now: float = 0.0) -> None:
+        """Queue a request behind those whose first token is due earlier.
 
         Raises:
             ValueError: if it could never run, naming the value, the limit and the fix.
+            Rejected: if it would be late and its class wants to be told early.
         """
         self.check(request)
+        self._reject_late(request, now)
         self._requests[request.key] = request
-        self.waiting.append(request)
+        insort(self.waiting, request, key=self._deadline_s)
+
+    def _deadline_s(self, request: Request) -> float:
+        """Return when the first token is due; who has been preempted comes before everybody."""
+        if request.num_preemptions:
+            return float("-inf")
+        ttft_s = request.slo.ttft_s
+        return request.arrival_s + (self.slo.best_effort_ttft_s if ttft_s is None else ttft_s)
+
+    def _reject_late(self, request: Request, now: float) -> None:
+        ttft_s = request.slo.ttft_s
+        if (
+            self.pacer is None
+            or ttft_s is None
+            or request.priority_class not in self.slo.reject_late_classes
+        ):
+            return
+        deadline_s = self._deadline_s(request)
+        predicted_s = self.pacer.predicted_ttft_s(
+            request,
+            ahead=[other for other in self.waiting if self._deadline_s(other) <= deadline_s],
+            running=self.running,
+            chunk=self.config.prefill_chunk_tokens,
+            num_free_rows=self.config.max_num_seqs - len(self.running),
+        )
+        if now - request.arrival_s + predicted_s > ttft_s:
+            raise Rejected(
+                f"the first token is predicted in {predicted_s * 1e3:.0f} ms, later than "
+                f"slo_ttft_ms {ttft_s * 1e3:g}: try again in {(predicted_s - ttft_s) * 1e3:.0f} ms"
+            )
 
     def check(self, request: Request) -> None:
         """Refuse a request that could never run, as `submit` does."""
@@ -111,7 +167,7 @@ class Scheduler:
     def schedule(self, now: float) -> Batch:
         """Choose the rows of a step: base tokens first, for every row, then a plan for drafts."""
         requests, sizes = self._schedule_base_tokens(now)
-        rows = [self._row(request, size) for request, size in zip(requests, sizes, strict=True)]
+        rows = [self._row(request, n, now) for request, n in zip(requests, sizes, strict=True)]
         batch = Batch(rows)
         if any(row.max_draft_tokens for row in rows):
             batch.stop_rule = self._plan_drafts(rows, requests)
@@ -164,13 +220,15 @@ class Scheduler:
         decoding = [r for r in self.running if r.num_uncomputed_tokens == 1]
         prompts = [r for r in self.running if r.num_uncomputed_tokens > 1]
         for request in decoding:
-            if self._is_running(request) and self._make_room(request, 1, chosen):
+            if self._is_running(request) and self._make_room(request, 1, chosen, now):
                 chosen[request.key] = 1
         room = self.config.max_num_batched_tokens - len(chosen)
         budget = min(self.config.prefill_chunk_tokens, room)
+        if self.pacer is not None and (prompts or self.waiting):
+            budget = self.pacer.prefill_tokens(decoding, budget, now)
         for request in prompts:
             size = min(request.num_uncomputed_tokens, budget)
-            if size and self._is_running(request) and self._make_room(request, size, chosen):
+            if size and self._is_running(request) and self._make_room(request, size, chosen, now):
                 chosen[request.key] = size
                 budget -= size
         if (
@@ -197,14 +255,17 @@ class Scheduler:
             chosen[request.key] = size
             budget -= size
 
-    def _make_room(self, request: Request, size: int, chosen: dict[int, int]) -> bool:
-        """Extend a table for `size` base tokens, preempting the youngest requests if need be.
+    def _make_room(self, request: Request, size: int, chosen: dict[int, int], now: float) -> bool:
+        """Extend a table for `size` base tokens, preempting other requests if need be.
+
+        The one with the most slack goes first, so best effort before promises; the youngest of
+        equals.
 
         Returns:
             False if the request itself was preempted.
         """
         while not self.blocks.extend(request.block_table, request.num_computed_tokens + size):
-            victim = self.running[-1]
+            victim = max(reversed(self.running), key=lambda r: slack_s(r, now))
             self._preempt(victim)
             chosen.pop(victim.key, None)
             if victim is request:
@@ -227,7 +288,7 @@ class Scheduler:
 
     # -- drafts --------------------------------------------------------------------------------
 
-    def _row(self, request: Request, size: int) -> Row:
+    def _row(self, request: Request, size: int, now: float) -> Row:
         start = request.num_computed_tokens
         row = Row(
             key=request.key,
@@ -237,14 +298,13 @@ class Scheduler:
             block_table=request.block_table,
             num_prompt_tokens=request.num_prompt_tokens,
             sampling=request.sampling,
+            owed_tokens=owed_tokens(request, now),
+            tpot_s=request.slo.tpot_s,
         )
         if request.num_uncomputed_tokens == 1:  # a prompt's first token does not wait for a draft
-            limits = (
-                request.num_draftable_tokens,
-                request.max_draft_tokens,
-                request.num_draft_tokens,
-            )
-            row.max_draft_tokens = min(limit for limit in limits if limit is not None)
+            wishes = (request.max_draft_tokens, request.num_draft_tokens)
+            limits = [self.max_draft_tokens, request.num_draftable_tokens]
+            row.max_draft_tokens = min(limits + [n for n in wishes if n is not None])
             row.has_fixed_draft = request.num_draft_tokens is not None
         return row
 
@@ -265,8 +325,10 @@ class Scheduler:
 
     def _reserve_draft(self, request: Request, wanted: int) -> int:
         """Extend the table for as much of a draft as free memory allows; drafts never preempt."""
+        if wanted <= 0:
+            return 0
         slots = len(request.block_table) + self.blocks.num_free_blocks
-        wanted = min(wanted, slots * self.blocks.block_size - request.num_tokens)
+        wanted = max(0, min(wanted, slots * self.blocks.block_size - request.num_tokens))
         self.blocks.extend(request.block_table, request.num_tokens + wanted)
         return wanted
 
@@ -297,6 +359,8 @@ class Scheduler:
             reason = FinishReason.LENGTH
         if request.first_token_s is None:
             request.first_token_s = now
+        else:
+            request.num_decode_steps += 1
         request.last_token_s = now
         if reason is not None:
             self.running.remove(request)

@@ -37,6 +37,7 @@ class TextStream:
         self._stop_words = [word for word in stop_words if word]
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._held = ""
+        self._undecoded: list[int] = []  # tokens since the last character that was complete
         self.num_tokens = 0
         self.is_stopped = False
 
@@ -47,15 +48,21 @@ class TextStream:
             if self.is_stopped:
                 break
             self.num_tokens += 1
+            self._undecoded.append(token_id)
             piece = self._decoder.step(self._tokenizer, token_id)
             if piece:
+                self._undecoded.clear()
                 settled += self._settle(piece)
         return settled
 
     def finish(self) -> str:
-        """Return the text held back for a stop word that did not come."""
+        """Return the text held back: for a stop word that did not come, or before a character."""
+        if self.is_stopped:
+            return ""
+        text: str = self._tokenizer.decode(self._undecoded, skip_special_tokens=True)
+        settled = self._settle(text.rstrip("\ufffd"))
         held, self._held = self._held, ""
-        return "" if self.is_stopped else held
+        return settled if self.is_stopped else settled + held
 
     def _settle(self, piece: str) -> str:
         self._held += piece

@@ -9,7 +9,8 @@ from specserve.predictor.step_time import StepTimeModel
 
 def make(config: PolicyConfig, step_time: StepTimeModel | None = None) -> "FixedPolicy":
     """`none` is `fixed` with k = 0."""
-    return FixedPolicy(0 if config.name == "none" else config.num_draft_tokens)
+    k = 0 if config.name == "none" else config.num_draft_tokens
+    return FixedPolicy(min(k, config.max_draft_tokens))
 
 
 class FixedPolicy:

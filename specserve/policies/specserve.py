@@ -30,8 +30,7 @@ class _Step:
 
     Attributes:
         verify_s: [m + 1], seconds to verify with 0, ..., m draft tokens.
-        rows_of_forwards: known after drafting.
-        is_exploring: everything drafted is verified, to learn.
+        is_exploring: every row drafts, and has its first token verified, to learn.
     """
 
     num_tokens: int
@@ -55,7 +54,6 @@ class SpecServePolicy:
     """
 
     EXPLORE_EVERY = 48  # steps while off
-    EXPLORE_TOKENS = 2
     ON_MARGIN = 1.02  # promised over plain rate that turns speculation on
     OFF_MARGIN = 1.0
 
@@ -65,7 +63,7 @@ class SpecServePolicy:
         self.acceptance = AcceptanceModel()
         self.reasons: Counter[str] = Counter()
         self._is_on = True
-        self._num_steps_off = 0
+        self._num_steps_off = self.EXPLORE_EVERY - 1  # begin by looking
         self._step: _Step | None = None
 
     # -- plan ----------------------------------------------------------------------------------
@@ -79,8 +77,7 @@ class SpecServePolicy:
         self._num_steps_off = 0 if begins.any() else self._num_steps_off + 1
         if not begins.any() and self._num_steps_off % self.EXPLORE_EVERY == 0:
             step.is_exploring = True
-            caps = np.minimum(caps, self.EXPLORE_TOKENS)
-            return DraftPlan(caps.tolist())
+            begins = caps > 0
         return DraftPlan(np.where(begins, caps, 0).tolist(), rule)
 
     def _look(self, rows: Sequence[Row], num_draft_tokens: int) -> _Step:
@@ -125,16 +122,15 @@ class SpecServePolicy:
         if step is None or not any(lengths):
             self.reasons["off"] += len(lengths)
             return lengths
-        if step.is_exploring:
-            self.reasons["explore"] += len(lengths)
-            return lengths
         survival = self._survivals(batch, confidences, lengths)
         draft_s = self.step_time.draft_s(*_draft_call(batch.rows, lengths))
         chosen = self._choose(batch, step, survival, draft_s)
         for i, row in enumerate(batch.rows):
-            self.reasons["fixed" if row.has_fixed_draft else "yield"] += 1
             if row.has_fixed_draft:
                 chosen[i] = lengths[i]
+            elif step.is_exploring:
+                chosen[i] = max(chosen[i], min(lengths[i], 1))
+            self.reasons[_reason(row, step, chosen[i], lengths[i])] += 1
         return chosen
 
     def _survivals(
@@ -200,3 +196,14 @@ def _draft_call(rows: Sequence[Row], lengths: Sequence[int]) -> tuple[list[int],
     drafting = [row for row, n in zip(rows, lengths, strict=True) if n]
     catch_up = sum(len(row.catch_up_token_ids) for row in drafting)
     return forwards, catch_up, sum(row.num_draft_computed_tokens for row in drafting)
+
+
+def _reason(row: Row, step: _Step, num_chosen: int, num_drafted: int) -> str:
+    """Name what decided a row's length."""
+    if row.has_fixed_draft:
+        return "fixed"
+    if step.is_exploring:
+        return "explore"
+    if num_chosen == 0:
+        return "off"
+    return "cap" if num_chosen == num_drafted == row.max_draft_tokens else "yield"

@@ -85,6 +85,7 @@ class OnlineLogistic:
 
     MEMORY = 2000.0  # outcomes
     MIN_CURVATURE = 0.05
+    MAX_STEP = 1.0  # logits by which one batch may move a prediction: a surprise is no proof
 
     def __init__(self, prior: Sequence[float]) -> None:
         self.weights = np.array(prior, dtype=np.float64)
@@ -102,7 +103,9 @@ class OnlineLogistic:
         self._hessian *= np.exp(-len(x) / self.MEMORY)
         self._hessian += x.T @ (x * curvature[:, None])
         gradient = x.T @ (outcomes - predicted)
-        self.weights = self.weights + np.linalg.solve(self._hessian + self._floor, gradient)
+        step = np.linalg.solve(self._hessian + self._floor, gradient)
+        longest = float(np.abs(x @ step).max(initial=0.0))
+        self.weights = self.weights + step * min(1.0, self.MAX_STEP / max(longest, 1e-9))
         return predicted
 
 

@@ -1,0 +1,78 @@
+# make serve    start the server (and install what it needs, the first time)
+# make help     list the rest
+
+PYTHON ?= python3
+HTTP_PORT ?= 8000
+GRPC_PORT ?= 8001
+METRICS_PORT ?= 8002
+ADDRESS ?= 127.0.0.1
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PINS := pyproject.toml constraints.txt
+# Installed without their dependencies: optimum-intel asks for a torchvision that breaks
+# transformers beside a CPU-only torch.
+OPTIMUM := optimum==2.3.0 optimum-intel==2.2.0
+
+SERVE := $(VENV)/.serve-installed
+BUILD := $(VENV)/.build-installed
+TEST := $(VENV)/.test-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help serve build test check clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make serve   start the server; HTTP_PORT GRPC_PORT METRICS_PORT ADDRESS ARGS'
+	@echo 'make build   install what building engines needs (torch, transformers, optimum-intel)'
+	@echo 'make test    run the tests'
+	@echo 'make check   run ruff and mypy'
+	@echo 'make clean   remove $(VENV) and the caches'
+	@echo 'PYTHON=python3.12 chooses the Python that $(VENV) is made with (3.11 or 3.12)'
+
+# exec: the launcher takes the shell's place and gets the signals itself.
+serve: $(SERVE)
+	@exec $(BIN)/specserve serve --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) \
+	  --metrics-port $(METRICS_PORT) --address $(ADDRESS) $(ARGS)
+
+build: $(BUILD)
+
+test: $(TEST)
+	@exec $(BIN)/pytest tests $(ARGS)
+
+check: $(TEST)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "$(PYTHON) not found: install Python 3.11 or 3.12, or set PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || \
+	  { echo "$(PYTHON) is not Python 3.11 or 3.12: set PYTHON=python3.11 (or python3.12)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) has no venv module: apt-get install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+$(SERVE): $(PINS) | $(BIN)/python
+	@echo 'Installing the server into $(VENV) ...'
+	@$(PIP) -e '.[serve]'
+	@touch $@
+
+$(BUILD): $(PINS) $(SERVE)
+	@echo 'Installing what building engines needs ...'
+	@$(PIP) -e '.[serve,build]'
+	@$(PIP) --no-deps $(OPTIMUM)
+	@touch $@
+
+$(TEST): $(PINS) $(SERVE)
+	@echo 'Installing what the tests need ...'
+	@$(PIP) -e '.[serve,build,test]'
+	@$(PIP) --no-deps $(OPTIMUM)
+	@touch $@

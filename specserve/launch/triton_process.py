@@ -1,0 +1,201 @@
+"""One tritonserver: started, watched, drained, and removed without a trace.
+
+Knows processes, ports and shared memory; knows no model by name and prints nothing.
+"""
+
+import ctypes
+import http.client
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from specserve.launch.backend_dir import make_backend_dir
+from specserve.launch.calls import client_host
+from specserve.launch.environment import server_environment
+from specserve.launch.installation import TritonInstallation
+from specserve.launch.marked_processes import MarkedProcesses, command_line
+from specserve.launch.server_log import ServerLog
+from specserve.launch.triton_options import TritonOptions
+
+POLL_S = 0.05
+SETTLE_S = 3.0  # Triton looks once a second whether it may exit, and then tears down
+SHARED_MEMORY = Path("/dev/shm")
+_SERVER_ID = "SPECSERVE_SERVER_ID"
+_STUB = "triton_python_backend_stub"
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+
+
+class TritonStartError(RuntimeError):
+    """The server did not become ready; the text says why."""
+
+
+class TritonProcess:
+    """A server in a session of its own, so that a Ctrl-C in the terminal does not reach it.
+
+    Use it as a context manager: entering starts the server, leaving stops it.
+
+    NOTE: the server is told to stop when the thread that started it ends, so that it does not
+    outlive a launcher that was killed. Start it in a thread that stays.
+    """
+
+    def __init__(
+        self, options: TritonOptions, run_dir: Path, installation: TritonInstallation
+    ) -> None:
+        self.options = options
+        self.run_dir = run_dir
+        self.server_id = f"specserve-{secrets.token_hex(6)}-"
+        self.log = ServerLog(run_dir / "tritonserver.log")
+        self._installation = installation
+        self._processes = MarkedProcesses(_SERVER_ID, self.server_id)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._models: dict[int, str] = {}  # model name by process id, known once ready
+        self._started_s = 0.0
+        self._is_ready = False
+
+    def start(self) -> None:
+        """Start the server and return at once.
+
+        Raises:
+            OSError: if a file of the installation is missing or cannot be run.
+        """
+        assert self._process is None, "a TritonProcess starts once"
+        backend_dir = make_backend_dir(self._installation, self.run_dir)
+        extra = {**self.options.env, _SERVER_ID: self.server_id}
+        self._started_s = time.monotonic()
+        with self.log.path.open("wb") as log:
+            self._process = subprocess.Popen(
+                self.options.command(self._installation, backend_dir, self.server_id),
+                env=server_environment(self._installation, os.environ, extra),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_stop_with_parent,
+            )
+
+    def wait_until_ready(
+        self, timeout_s: float, give_up: Callable[[], bool] = lambda: False
+    ) -> float:
+        """Wait until every model is loaded and requests are answered.
+
+        Args:
+            timeout_s: counted from now.
+            give_up: asked often; True ends the waiting.
+
+        Returns:
+            Seconds from start to ready.
+
+        Raises:
+            TritonStartError: if the server ends, a model fails to load, or time runs out.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self._answers_ready():
+            if give_up():
+                raise TritonStartError("stopped before it was ready")
+            if self.poll() is not None or self.log.load_failures():
+                raise TritonStartError(self.log.cause())
+            if time.monotonic() > deadline:
+                raise TritonStartError(f"not ready after {timeout_s:g} s\n{self.log.cause()}")
+            time.sleep(POLL_S)
+        self._is_ready = True
+        self._models = self._find_models()
+        return time.monotonic() - self._started_s
+
+    def poll(self) -> int | None:
+        """Return the server's exit status, negative for a signal, or None while it runs."""
+        assert self._process is not None, "not started"
+        return self._process.poll()
+
+    def dead_models(self) -> list[str]:
+        """Name the models whose process ended since the server was ready; it does not restart them.
+
+        The server itself goes on and still calls itself ready.
+        """
+        return [name for pid, name in self._models.items() if not self._processes.holds(pid)]
+
+    def stop(self, hurry: Callable[[], bool] = lambda: False) -> None:
+        """Let requests in flight finish, then end every process and remove what they left.
+
+        Does nothing more when called again. The log stays.
+
+        Args:
+            hurry: asked often; True ends the waiting for requests.
+        """
+        if self._process is not None:
+            if self._process.poll() is None:
+                self._drain(self._process, hurry)
+            self._processes.kill()
+            self._process.wait()
+        shutil.rmtree(self.run_dir / "backends", ignore_errors=True)
+        for region in self.shared_memory():
+            region.unlink(missing_ok=True)
+
+    def pids(self) -> list[int]:
+        """List the live processes of this server, its models included."""
+        return self._processes.pids()
+
+    def shared_memory(self) -> list[Path]:
+        """List this server's shared memory regions."""
+        return list(SHARED_MEMORY.glob(f"{self.server_id}*"))
+
+    def __enter__(self) -> "TritonProcess":
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def _answers_ready(self) -> bool:
+        # NOTE: http.client goes straight to the server; urllib would ask a configured proxy.
+        host = client_host(self.options.address)
+        connection = http.client.HTTPConnection(host, self.options.http_port, timeout=2.0)
+        try:
+            connection.request("GET", "/v2/health/ready")
+            return connection.getresponse().status == http.HTTPStatus.OK
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def _find_models(self) -> dict[int, str]:
+        """Name each stub by the folder above its version: <model>/<version>/model.py."""
+        commands = ((pid, command_line(pid)) for pid in self._processes.pids())
+        return {
+            pid: Path(command[1]).parents[1].name
+            for pid, command in commands
+            if command and Path(command[0]).name == _STUB
+        }
+
+    def _drain(self, process: "subprocess.Popen[bytes]", hurry: Callable[[], bool]) -> None:
+        """Ask the server to finish and wait; return early when waiting cannot help."""
+        process.send_signal(signal.SIGTERM)
+        busy_s = time.monotonic()
+        deadline = busy_s + SETTLE_S + (self.options.exit_timeout_s if self._is_ready else 0.0)
+        while process.poll() is None and time.monotonic() < deadline and not hurry():
+            # For a model whose process died the server waits until its timeout. The other models
+            # end when the requests are done, and then there is nothing left to wait for.
+            if len(self.dead_models()) < len(self._models):
+                busy_s = time.monotonic()
+            elif self._models and time.monotonic() - busy_s > SETTLE_S:
+                return
+            time.sleep(POLL_S)
+
+
+def _stop_with_parent() -> None:
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
