@@ -55,8 +55,6 @@ async def stream(
         text = result.as_numpy("text_output")
         if text is not None:
             answer.text += text.reshape(-1)[0].decode()
-        if result.get_response().parameters["triton_final_response"].bool_param:
-            break
     return answer
 
 

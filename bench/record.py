@@ -23,9 +23,7 @@ def context() -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "commit": _commit(),
-        "command": " ".join(["python", "-m", sys.argv[0].removeprefix(f"{ROOT}/"), *sys.argv[1:]])
-        .replace("/", ".")
-        .replace(".py", ""),
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
         "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specserve.config import CONFIG_ENV, Config, dump_config, load_config
+from specserve.launch.in_flight import InFlight
 from specserve.launch.installation import find_installation
 from specserve.launch.triton_options import TritonOptions
 from specserve.launch.triton_process import TritonProcess
@@ -26,6 +27,11 @@ class Served:
     metrics_port: int
     process: TritonProcess
     config: Config
+
+    def stop(self) -> None:
+        """Let requests in flight finish, then leave nothing."""
+        in_flight = InFlight(self.process.options.address, self.metrics_port)
+        self.process.stop(is_busy=in_flight.is_busy)
 
     def metrics(self) -> dict[str, float]:
         """Read the `specserve_` metrics, by name."""
@@ -60,7 +66,9 @@ def serving(
         with TritonProcess(options, Path(folder), installation) as process:
             process.wait_until_ready(ready_timeout_s)
             warm_up(options.address, http_port)
-            yield Served(http_port, grpc_port, metrics_port, process, config)
+            served = Served(http_port, grpc_port, metrics_port, process, config)
+            yield served
+            served.stop()
 
 
 def _free_ports(count: int) -> list[int]:

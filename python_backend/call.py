@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from specserve.request import SLO, Request
 from specserve.sampling_params import MAX_SEED, SamplingParams
 
 Tensors = Mapping[str, NDArray[Any]]
+NO_END = -1  # an end_id that no token has
 DRAFT_SOURCES = ("auto", "model", "none")
 _REFUSALS = {spec.name: spec.refuse for spec in INPUTS if spec.refuse}
 
@@ -72,7 +74,7 @@ class CallParser:
                 )
             reason = _REFUSALS[name](array) if name in _REFUSALS else None
             if reason:
-                raise ValueError(f"{name}: {reason}")
+                raise ValueError(f"{name} {reason}")
         read = Reader(tensors, self._config.limits)
         text, prompt_token_ids = self._prompt(read)
         request = Request(
@@ -107,14 +109,14 @@ class CallParser:
         text = read.text("text_input")
         if text is None:
             raise ValueError("text_input is missing: give the prompt")
-        return text, encode_prompt(self._tokenizer, text, self._config.limits)
+        return text, self._tokenizer.encode(text).ids
 
     def _sampling(self, read: "Reader") -> SamplingParams:
         top_k = read.integer("top_k", 0)
         top_p = read.number("top_p", 1.0)
         default = 1.0 if top_k > 1 or "top_p" in read or "min_p" in read else 0.0
-        end_id = read.integer("end_id", -1 if self._end_id is None else self._end_id)
-        if end_id >= 0:
+        end_id = read.integer("end_id", NO_END if self._end_id is None else self._end_id)
+        if end_id != NO_END:
             self._check_ids("end_id", [end_id])
         seed = read.either("random_seed", "seed")
         return SamplingParams(
@@ -129,7 +131,7 @@ class CallParser:
             top_k=top_k,
             top_p=top_p,
             seed=secrets.randbelow(MAX_SEED) if seed is None else seed,
-            end_id=end_id if end_id >= 0 else None,
+            end_id=None if end_id == NO_END else end_id,
             return_log_probs=read.flag("return_log_probs", False),
         )
 
@@ -216,11 +218,10 @@ class Reader:
         return self.integer(name, 0)
 
     def either(self, old: str, new: str) -> int | None:
-        """Return the value under either spelling, or None."""
+        """Return the number of at least 0 under either spelling, or None."""
         if old in self and new in self and self._one(old) != self._one(new):
             raise ValueError(f"{old} and {new} are two spellings of one thing: give one of them")
-        name = old if old in self else new
-        return self.integer(name, 0) if name in self else None
+        return self.count(old if old in self else new)
 
     def seconds(self, name: str) -> float | None:
         """Return milliseconds as seconds, or None."""
@@ -268,22 +269,11 @@ def decode_text(value: bytes, name: str, limits: LimitsConfig) -> str:
         ) from None
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str, limits: LimitsConfig) -> list[int]:
-    """Tokenize a prompt.
-
-    Raises:
-        ValueError: if nothing is in it.
-    """
-    token_ids: list[int] = tokenizer.encode(text).ids
-    if not token_ids:
-        raise ValueError("text_input is empty: the prompt needs at least one token")
-    return token_ids
-
-
 def _refuse_typos(parameters: str) -> None:
     """Refuse a request parameter that is nearly the name of a tensor: HTTP sends typos that way."""
     names = [spec.name for spec in INPUTS]
     for name in json.loads(parameters or "{}"):
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.85)
+        snake = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).replace("-", "_").lower()
+        near = difflib.get_close_matches(snake, names, n=1, cutoff=0.8)
         if near:
             raise ValueError(f"unknown parameter '{name}': did you mean '{near[0]}'?")

@@ -7,7 +7,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from python_backend import log
-from python_backend.call import decode_text, encode_prompt
+from python_backend.call import decode_text
 from specserve.config import load_config
 from specserve.text import load_tokenizer
 
@@ -23,7 +23,7 @@ class PreprocessingModel:
         self._tokenizer = load_tokenizer(Path(config.engine.dir) / "target")
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Tokenize each request; one that cannot be is answered with INVALID_ARG."""
+        """Tokenize each request, an empty text to no tokens; refuse what is not text."""
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:
@@ -34,7 +34,7 @@ class PreprocessingModel:
                     f"text_input has shape {list(query.shape)}: one request per call, shape [1, 1]"
                 )
             text = decode_text(query[0, 0], "text_input", self._limits)
-            token_ids = encode_prompt(self._tokenizer, text, self._limits)
+            token_ids = self._tokenizer.encode(text).ids
         except ValueError as error:
             code = pb_utils.TritonError.INVALID_ARG
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))

@@ -25,7 +25,7 @@ class Reply:
         self.call = call
         self.is_done = False
         self._sender = sender
-        self._text = TextStream(tokenizer, call.stop_words)
+        self._text = TextStream(tokenizer, call.stop_words, call.request.sampling.end_id)
         self._pending = call.prefix
         self._log_probs: list[float] = []
         self._sum_log_probs = 0.0

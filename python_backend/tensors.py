@@ -15,7 +15,8 @@ class TensorSpec:
     """One tensor, without its batch dimension.
 
     Attributes:
-        refuse: returns why a value cannot be served, or None; absent means it is served.
+        refuse: returns why a value cannot be served, to follow the name, or None; absent means it
+            is served.
     """
 
     name: str
@@ -25,7 +26,7 @@ class TensorSpec:
 
 
 def _unsupported(what: str) -> Callable[[Any], str | None]:
-    return lambda value: f"{what} is not supported: leave it out"
+    return lambda value: f"is given, but {what} is not supported: leave it out"
 
 
 def _only(allowed: int, what: str) -> Callable[[Any], str | None]:
@@ -37,7 +38,9 @@ def _only(allowed: int, what: str) -> Callable[[Any], str | None]:
 
 
 def _only_false(what: str) -> Callable[[Any], str | None]:
-    return lambda value: f"{what} is not supported: leave it out" if value.any() else None
+    return lambda value: (
+        f"is true, but {what} is not supported: leave it out" if value.any() else None
+    )
 
 
 _IMAGES = _unsupported("multimodal input")

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 MAX_SEED = 2**64 - 1
+MAX_BIAS = 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +52,18 @@ class SamplingParams:
         _check("top_k", self.top_k, 0, 2**31 - 1, "0 keeps all tokens")
         _check("top_p", self.top_p, 0.0, 1.0, "1 keeps all tokens", open_low=True)
         _check("min_p", self.min_p, 0.0, 1.0, "0 keeps all tokens")
-        _check("repetition_penalty", self.repetition_penalty, 0.0, 100.0, "1 is off", open_low=True)
+        _check("repetition_penalty", self.repetition_penalty, 0.01, 100.0, "1 is off")
         _check("presence_penalty", self.presence_penalty, -100.0, 100.0, "0 is off")
         _check("frequency_penalty", self.frequency_penalty, -100.0, 100.0, "0 is off")
         _check("min_tokens", self.min_tokens, 0, 2**31 - 1, "0 is off")
         _check("seed", self.seed, 0, MAX_SEED, "leave it out for a random one")
+        total: dict[int, float] = {}
         for token_id, bias in self.logit_bias:
-            if math.isnan(bias) or bias == math.inf:
+            total[token_id] = total.get(token_id, 0.0) + bias
+            if not (abs(total[token_id]) <= MAX_BIAS or total[token_id] == -math.inf):
                 raise ValueError(
-                    f"embedding bias of token {token_id} is {bias}: give a finite number"
+                    f"embedding_bias_weights add {total[token_id]} to token {token_id}: must be in "
+                    f"[-{MAX_BIAS:g}, {MAX_BIAS:g}], or -inf for never (100 all but decides)"
                 )
 
     @property

@@ -120,7 +120,7 @@ class Scheduler:
         """Refuse a request that could never run, as `submit` does."""
         total = request.num_prompt_tokens + request.max_tokens
         if request.num_prompt_tokens == 0:
-            raise ValueError("the prompt is empty: give at least one token")
+            raise ValueError("text_input is empty: the prompt needs at least one token")
         if request.max_tokens < 1:
             raise ValueError(f"max_tokens is {request.max_tokens}: must be at least 1")
         if total > self.config.max_seq_len:

@@ -25,15 +25,18 @@ class TextStream:
     """Turn a request's output tokens into text, step by step, and end at a stop word.
 
     Text is given out as soon as no stop word can begin in it any more. The stop word itself is not
-    part of the text. A character whose bytes are not complete yet is held back; if the output ends
-    there, it is dropped.
+    part of the text, nor is the end token. A character whose bytes are not complete yet is held
+    back; if the output ends there, it is dropped.
 
     Attributes:
         num_tokens: tokens taken, up to and including the one that completed a stop word.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop_words: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop_words: Sequence[str] = (), end_id: int | None = None
+    ) -> None:
         self._tokenizer = tokenizer
+        self._end_id = end_id
         self._stop_words = [word for word in stop_words if word]
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._held = ""
@@ -48,6 +51,8 @@ class TextStream:
             if self.is_stopped:
                 break
             self.num_tokens += 1
+            if token_id == self._end_id:
+                continue
             self._undecoded.append(token_id)
             piece = self._decoder.step(self._tokenizer, token_id)
             if piece:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TextIO
 
 from specserve.launch.calls import example_calls
+from specserve.launch.in_flight import InFlight
 from specserve.launch.installation import TritonInstallation, find_installation
 from specserve.launch.prerequisites import find_problems
 from specserve.launch.stop_signal import StopSignal
 from specserve.launch.triton_options import TritonOptions
 from specserve.launch.triton_process import TritonProcess, TritonStartError
-from specserve.launch.warm_up import warm_up
+from specserve.launch.warm_up import MODEL, warm_up
 
 CONFIG_VARIABLE = "SPECSERVE_CONFIG"
 WATCH_S = 0.5
@@ -85,7 +86,10 @@ def _run(options: ServeOptions, run_dir: Path, installation: TritonInstallation)
             else:
                 _say(_farewell(options))
         finally:
-            triton.stop(hurry=lambda: stop.insistent if failure is None else stop.requested)
+            triton.stop(
+                hurry=lambda: stop.insistent if failure is None else stop.requested,
+                is_busy=InFlight(options.address, options.metrics_port).is_busy,
+            )
     if failure:
         return 1
     _say("Stopped.")
@@ -102,7 +106,8 @@ def _start_and_watch(options: ServeOptions, triton: TritonProcess, stop: StopSig
         return None if stop.requested else f"Triton did not start: {error}"
     _say(f"Triton is up after {time_s:.1f} s; the engines are measured once, if they are new ...")
     try:
-        warm_up(options.address, options.http_port)
+        if (options.model_repository / MODEL).is_dir():
+            warm_up(options.address, options.http_port)
     except RuntimeError as error:
         return None if stop.requested else f"{error}; {triton.log.cause()}"
     _say(_welcome(options))

@@ -3,6 +3,7 @@
 Knows processes, ports and shared memory; knows no model by name and prints nothing.
 """
 
+import contextlib
 import ctypes
 import http.client
 import os
@@ -11,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -120,16 +121,24 @@ class TritonProcess:
         """
         return [name for pid, name in self._models.items() if not self._processes.holds(pid)]
 
-    def stop(self, hurry: Callable[[], bool] = lambda: False) -> None:
+    def stop(
+        self,
+        hurry: Callable[[], bool] = lambda: False,
+        is_busy: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Let requests in flight finish, then end every process and remove what they left.
 
         Does nothing more when called again. The log stays.
 
         Args:
             hurry: asked often; True ends the waiting for requests.
+            is_busy: whether requests are in flight; models may call each other until it is False.
         """
         if self._process is not None:
             if self._process.poll() is None:
+                with self._models_callable():
+                    self._process.send_signal(signal.SIGTERM)
+                    self._wait_while(is_busy, hurry)
                 self._drain(self._process, hurry)
             self._processes.kill()
             self._process.wait()
@@ -182,9 +191,31 @@ class TritonProcess:
             if command and Path(command[0]).name == _STUB
         }
 
+    @contextlib.contextmanager
+    def _models_callable(self) -> Iterator[None]:
+        """Hold an HTTP connection, for which a stopping server waits before it stops anything else.
+
+        Without it the server refuses calls between models at once, and with them the steps that
+        gRPC streams in flight still need.
+        """
+        host = client_host(self.options.address)
+        connection = http.client.HTTPConnection(host, self.options.http_port, timeout=2.0)
+        try:
+            if self._is_ready:
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    connection.request("GET", "/v2/health/live")
+                    connection.getresponse().read()
+            yield
+        finally:
+            connection.close()
+
+    def _wait_while(self, is_busy: Callable[[], bool], hurry: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + self.options.exit_timeout_s
+        while is_busy() and self.poll() is None and not hurry() and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+
     def _drain(self, process: "subprocess.Popen[bytes]", hurry: Callable[[], bool]) -> None:
-        """Ask the server to finish and wait; return early when waiting cannot help."""
-        process.send_signal(signal.SIGTERM)
+        """Wait for the server to end; return early when waiting cannot help."""
         busy_s = time.monotonic()
         deadline = busy_s + SETTLE_S + (self.options.exit_timeout_s if self._is_ready else 0.0)
         while process.poll() is None and time.monotonic() < deadline and not hurry():

@@ -1,0 +1,257 @@
+"""Which policy gives the most tokens per second, at which load?
+
+Method: one pair of engines in this process, a closed loop of `concurrency` requests of equal
+length, greedy, held-out prompts; prompt processing counted. Every policy runs on the same step
+loop, prompts and clock; rounds interleave the policies in random order, so that a slow moment of
+the machine hits all alike. Policies keep what they learn from round to round; the first round only
+warms up. `--engine simulated` replays a recorded acceptance process in virtual time instead.
+
+Example: python -m bench.policies --concurrency 1 2 4 8 16
+         python -m bench.policies --engine simulated
+"""
+
+import argparse
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from bench.prompts import held_out_prompts
+from bench.record import ROOT, emit
+from specserve import engines
+from specserve.assemble import assemble
+from specserve.config import Config, load_config
+from specserve.core import SpecServe
+from specserve.engines import DraftEngine, EngineInfo, TargetEngine
+from specserve.engines.simulated import RecordedAcceptance, SimulatedPair, VirtualClock
+from specserve.pacing import Pacer
+from specserve.policies import Policy, make_policy, needs_profile
+from specserve.predictor.measure import measure
+from specserve.predictor.profile import Profile
+from specserve.predictor.step_time import StepTimeModel
+from specserve.predictor.store import load_or_measure
+from specserve.request import Request
+from specserve.text import load_tokenizer
+
+ASSETS = ROOT / "tests" / "assets"
+PROMPT_TOKENS = 96
+TOTALS = (
+    "num_steps", "num_drafted_tokens", "num_verified_tokens", "num_accepted_tokens",
+    "step_s", "draft_s", "verify_s",
+)  # fmt: skip
+ARMS = {
+    "plain": ["policy.name=none"],
+    **{f"fixed_{k}": ["policy.name=fixed", f"policy.num_draft_tokens={k}"] for k in range(1, 9)},
+    "threshold": ["policy.name=threshold"],
+    "smartspec": ["policy.name=smartspec"],
+    "adaspec_released": ["policy.name=adaspec_released"],
+    "adaspec_repaired": ["policy.name=adaspec_repaired", "policy.slo_tpot_s=inf"],
+    "adaptive_verification": ["policy.name=adaptive_verification"],
+    "specserve": ["policy.name=specserve"],
+}
+
+
+@dataclass(slots=True)
+class Cell:
+    """One policy at one load: totals over the counted rounds."""
+
+    num_tokens: int = 0
+    seconds: float = 0.0
+    rates: list[float] = field(default_factory=list)
+    stats: dict[str, float] = field(default_factory=dict)
+
+    def add(self, core: SpecServe, seconds: float) -> None:
+        """Count a run."""
+        stats = core.stats
+        self.num_tokens += stats.num_output_tokens
+        self.seconds += seconds
+        self.rates.append(stats.num_output_tokens / seconds)
+        for name in TOTALS:
+            self.stats[name] = self.stats.get(name, 0.0) + getattr(stats, name)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """The median over the rounds."""
+        return float(np.median(self.rates))
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """Where the policies run: real engines, or simulated ones."""
+
+    config: Config
+    info: EngineInfo
+    profile: Profile
+    engines_for: Callable[[int], tuple[DraftEngine, TargetEngine, Callable[[], float]]]
+    prompts: list[list[int]]
+
+    def policy(self, arm: str) -> tuple[Policy, Pacer | None]:
+        """Make an arm's policy with a predictor of its own."""
+        config = load_config(None, ARMS[arm]).policy
+        step_time = StepTimeModel(self.profile) if needs_profile(config.name) else None
+        pacer = Pacer(step_time) if step_time and arm == "specserve" else None
+        return make_policy(config, step_time), pacer
+
+    def run(
+        self, policy: Policy, pacer: Pacer | None, concurrency: int, options: Any, seed: int
+    ) -> tuple[SpecServe, float]:
+        """Run one closed loop to the end; return the core and the seconds it took."""
+        draft, target, clock = self.engines_for(seed)
+        config = load_config(None, [*options.overrides, f"scheduler.max_num_seqs={concurrency}"])
+        core = assemble(
+            config, info=self.info, draft_engine=draft, target_engine=target, policy=policy,
+            clock=clock,
+        )  # fmt: skip
+        core.use(policy, pacer)
+        rng = random.Random(seed)
+        prompts = rng.sample(self.prompts, min(len(self.prompts), options.requests * concurrency))
+        started = clock()
+        for key, prompt in enumerate(prompts, 1):  # the same keys: simulated texts go by them
+            core.scheduler.submit(Request(prompt, options.max_tokens, key=key), started)
+        while core.scheduler.has_work:
+            core.step()
+        return core, clock() - started
+
+
+def main() -> None:
+    """Run the grid, print a table, then one JSON line."""
+    options = _parse()
+    bench = _simulated(options) if options.engine == "simulated" else _real(options)
+    started = time.perf_counter()
+    cells = {c: _column(bench, c, options) for c in options.concurrency}
+    _print(cells)
+    emit(
+        {
+            "bench": "policies",
+            "engine": options.engine,
+            "tokens_per_s": {
+                arm: {str(c): round(cells[c][arm].tokens_per_s, 2) for c in cells}
+                for arm in options.arms
+            },
+            "against_best_other": {str(c): round(_against_best(cells[c]), 4) for c in cells},
+            "against_adaspec_released": round(_geometric_mean(cells), 4),
+            "steps": {
+                arm: {str(c): _per_step(cells[c][arm]) for c in cells} for arm in options.arms
+            },
+            "wall_s": round(time.perf_counter() - started, 1),
+            "config": {k: str(v) for k, v in vars(options).items() if k != "output"},
+        },
+        options.output,
+    )
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--engine", choices=["openvino", "simulated"], default="openvino")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--rounds", type=int, default=4, help="the first one warms up")
+    parser.add_argument("--requests", type=int, default=2, help="per row and round")
+    parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--engines", default=str(ROOT / "build" / "bench_target"))
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--profile", type=Path, default=ASSETS / "profile_cpu_0.4b.json")
+    parser.add_argument("--recording", type=Path, default=ASSETS / "acceptance_demo.npz")
+    parser.add_argument("--output", type=Path, help="append the JSON line to this file")
+    options = parser.parse_args()
+    options.overrides = [
+        f"engine.dir={options.engines}",
+        f"engine.precision={options.precision}",
+    ]
+    return options
+
+
+def _real(options: argparse.Namespace) -> Bench:
+    config = load_config(None, options.overrides)
+    info = engines.describe(config)
+    draft, target = engines.make_draft_engine(config), engines.make_target_engine(config)
+    profile = load_or_measure(config, lambda marks: measure(draft, target, info, marks))
+    tokenizer = load_tokenizer(Path(config.engine.dir) / "target")
+    prompts = held_out_prompts(tokenizer, 64, PROMPT_TOKENS)
+    return Bench(config, info, profile, lambda _: (draft, target, time.perf_counter), prompts)
+
+
+def _simulated(options: argparse.Namespace) -> Bench:
+    profile = Profile.load(options.profile)
+    info = EngineInfo(vocab_size=4096, max_seq_len=4096, num_blocks=4096, block_size=32)
+
+    def engines_for(seed: int) -> tuple[DraftEngine, TargetEngine, Callable[[], float]]:
+        clock = VirtualClock()
+        process = RecordedAcceptance.load(options.recording, seed)
+        pair = SimulatedPair(StepTimeModel(profile), clock, process)
+        return pair, pair, clock
+
+    prompts = [[1] * PROMPT_TOKENS for _ in range(512)]
+    return Bench(load_config(None), info, profile, engines_for, prompts)
+
+
+def _column(bench: Bench, concurrency: int, options: argparse.Namespace) -> dict[str, Cell]:
+    """Measure all policies at one load, interleaved."""
+    policies = {arm: bench.policy(arm) for arm in options.arms}
+    cells = {arm: Cell() for arm in options.arms}
+    with Progress(transient=True) as progress:
+        task = progress.add_task(f"concurrency {concurrency}", total=options.rounds * len(cells))
+        for round_ in range(options.rounds):
+            order = random.Random(round_).sample(options.arms, len(options.arms))
+            for arm in order:
+                core, seconds = bench.run(*policies[arm], concurrency, options, seed=round_)
+                if round_:
+                    cells[arm].add(core, seconds)
+                progress.advance(task)
+    return cells
+
+
+def _per_step(cell: Cell) -> dict[str, float]:
+    steps = cell.stats["num_steps"]
+    return {
+        "step_ms": round(1e3 * cell.stats["step_s"] / steps, 2),
+        "draft_ms": round(1e3 * cell.stats["draft_s"] / steps, 2),
+        "verify_ms": round(1e3 * cell.stats["verify_s"] / steps, 2),
+        "drafted": round(cell.stats["num_drafted_tokens"] / steps, 2),
+        "verified": round(cell.stats["num_verified_tokens"] / steps, 2),
+        "accepted": round(cell.stats["num_accepted_tokens"] / steps, 2),
+    }
+
+
+def _against_best(cells: dict[str, Cell]) -> float:
+    others = [cell.tokens_per_s for arm, cell in cells.items() if arm != "specserve"]
+    return cells["specserve"].tokens_per_s / max(others) if "specserve" in cells else 0.0
+
+
+def _geometric_mean(columns: dict[int, dict[str, Cell]]) -> float:
+    ratios = [
+        cells["specserve"].tokens_per_s / cells["adaspec_released"].tokens_per_s
+        for cells in columns.values()
+        if {"specserve", "adaspec_released"} <= cells.keys()
+    ]
+    return float(np.exp(np.mean(np.log(ratios)))) if ratios else 0.0
+
+
+def _print(columns: dict[int, dict[str, Cell]]) -> None:
+    table = Table(title="Output tokens per second, against plain decoding")
+    table.add_column("policy")
+    for concurrency in columns:
+        table.add_column(f"{concurrency}", justify="right")
+    for arm in next(iter(columns.values())):
+        table.add_row(arm, *(_entry(cells, arm) for cells in columns.values()))
+    Console(width=120).print(table)
+
+
+def _entry(cells: dict[str, Cell], arm: str) -> str:
+    rate = cells[arm].tokens_per_s
+    return (
+        f"{rate:.0f} x{rate / cells['plain'].tokens_per_s:.2f}"
+        if "plain" in cells
+        else f"{rate:.0f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
