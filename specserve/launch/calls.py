@@ -2,11 +2,11 @@
 
 import sys
 
-_PROMPT = r"def fibonacci(n):\n"
+_PROMPT = r"import unittest\n\nclass Test"
 
 _CURL = """\
 curl -N http://{host}:{http_port}/v2/models/ensemble/generate_stream \\
-  -d '{{"text_input": "{prompt}", "max_tokens": 64, "stream": true}}'
+  -d '{{"text_input": "{prompt}", "max_tokens": 40, "stream": true}}'
 """
 
 _PYTHON = """\
@@ -17,7 +17,7 @@ import tritonclient.grpc as triton
 
 tensors = [
     ("text_input", "BYTES", np.array([["{prompt}"]], dtype=object)),
-    ("max_tokens", "INT32", np.array([[64]], dtype=np.int32)),
+    ("max_tokens", "INT32", np.array([[40]], dtype=np.int32)),
     ("stream", "BOOL", np.array([[True]])),
 ]
 inputs = [triton.InferInput(name, data.shape, kind) for name, kind, data in tensors]
