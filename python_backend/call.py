@@ -72,7 +72,7 @@ class CallParser:
                 raise ValueError(
                     f"{name} has shape {list(array.shape)}: one request per call, shape [1, ...]"
                 )
-            reason = _REFUSALS[name](array) if name in _REFUSALS else None
+            reason = _REFUSALS[name](array) if name in _REFUSALS and array.size else None
             if reason:
                 raise ValueError(f"{name} {reason}")
         read = Reader(tensors, self._config.limits)

@@ -5,6 +5,7 @@ Owns defaults, types and the meaning of `--set section.key=value`. Must not know
 
 import dataclasses
 import difflib
+import json
 import os
 import tomllib
 import types
@@ -225,7 +226,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare string, as one writes it in a shell
-    tree.setdefault(section, {})[key] = value
+    table = tree.setdefault(section, {})
+    if not isinstance(table, dict):
+        raise ValueError(f"{section} is {table!r} in the file, expected a table: cannot set {key}")
+    table[key] = value
 
 
 def _toml(value: bool | int | float | str | tuple[str, ...]) -> str:
@@ -234,5 +238,7 @@ def _toml(value: bool | int | float | str | tuple[str, ...]) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return json.dumps(value, ensure_ascii=False).replace(
+            "\x7f", "\\u007f"
+        )  # a JSON string is a TOML string
     return repr(value)

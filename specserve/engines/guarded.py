@@ -33,12 +33,17 @@ class GuardedDraftEngine:
             try:
                 return self.inner.draft(batch)
             except Exception:
-                self.num_failures += 1
-                self._closed_until = self._clock() + self._retry_s
-                logger.exception("draft engine failed; no speculation for %g s", self._retry_s)
+                self._close()
         return [Draft() for _ in batch.rows]
 
     def release(self, keys: Sequence[int]) -> None:
         """Drop what is kept for these requests. See `DraftEngine`."""
-        if self.is_available:
+        try:
             self.inner.release(keys)
+        except Exception:
+            self._close()
+
+    def _close(self) -> None:
+        self.num_failures += 1
+        self._closed_until = self._clock() + self._retry_s
+        logger.exception("draft engine failed; no speculation for %g s", self._retry_s)

@@ -1,0 +1,407 @@
+"""Speculation changes when tokens come, never which: the promise everything else rests on.
+
+Two kinds of proof. Token for token: whatever the policy, the workload and the memory, each request
+gets exactly what plain decoding of the target gives. By distribution: outputs of many seeds against
+the exactly enumerated distribution, so that a fault shared by both ways of decoding shows too.
+
+Every chi-square check asks for p > 1e-4 over fixed seeds: the result never changes from run to run,
+and had the seeds been drawn anew, one check in 10,000 would fail by chance.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import FakeClock, all_policies, drive, drive_fast, make_core, make_request
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from paged_lm import FlakyLM, PagedLM, plain_decode, reference_logits, reference_probs
+from scipy import stats
+
+from specserve.batch import Batch, Draft, DraftPlan, Row, StepRecord, Verified
+from specserve.config import PolicyConfig
+from specserve.engines.model_target import ModelTargetEngine
+from specserve.request import SLO, Request
+from specserve.sampling_params import SamplingParams
+
+BLOCK_SIZE = 4
+VOCAB_SIZE = 17
+FALSE_ALARM = 1e-4
+
+
+def name_of(policy: PolicyConfig | str) -> str:
+    return policy if isinstance(policy, str) else policy.name
+
+
+# Every parameter by itself, and all of them together; tokens 0 to 16.
+SAMPLING = [
+    pytest.param({"temperature": 0.5}, id="temperature"),
+    pytest.param({"temperature": 1.0, "top_k": 3}, id="top-k"),
+    pytest.param({"temperature": 1.0, "top_p": 0.6}, id="top-p"),
+    pytest.param({"temperature": 1.0, "min_p": 0.3}, id="min-p"),
+    pytest.param({"repetition_penalty": 1.7}, id="repetition, greedy"),
+    pytest.param({"temperature": 0.7, "repetition_penalty": 1.7}, id="repetition"),
+    pytest.param({"temperature": 0.7, "presence_penalty": 2.0}, id="presence"),
+    pytest.param({"temperature": 0.7, "frequency_penalty": 1.0}, id="frequency"),
+    pytest.param({"frequency_penalty": 3.0}, id="frequency, greedy"),
+    pytest.param({"temperature": 0.7, "logit_bias": ((3, 2.0), (5, -9.0))}, id="logit bias"),
+    pytest.param({"logit_bias": ((3, 4.0),)}, id="logit bias, greedy"),
+    pytest.param({"temperature": 0.7, "bad_words": ((3,), (5, 6), (7, 8, 9))}, id="bad words"),
+    pytest.param({"bad_words": ((3,), *((a, 5) for a in range(9)))}, id="bad words, greedy"),
+    pytest.param({"temperature": 0.7, "end_id": 2, "min_tokens": 9}, id="min tokens"),
+    pytest.param({"logit_bias": ((2, 4.0),), "end_id": 2, "min_tokens": 9}, id="min, greedy"),
+    pytest.param(
+        {
+            "temperature": 0.8, "top_k": 12, "top_p": 0.9, "min_p": 0.02, "end_id": 2,
+            "repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.2,
+            "logit_bias": ((4, 1.0),), "bad_words": ((5, 6), (7,)), "min_tokens": 5,
+        },
+        id="all together",
+    ),
+]  # fmt: skip
+
+
+# -- token for token: random workloads ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests, when they come and go, and a server too small for them."""
+
+    requests: list[Request]
+    arrivals: list[int]
+    aborts: dict[int, list[Request]]
+    limits: dict[str, int]
+    draft_noise: float
+    draft_failure_rate: float
+
+
+@st.composite
+def workloads(draw: Any) -> Workload:
+    """Draw a workload; a seeded generator fills it in, which shrinks worse and draws far faster."""
+    rng = random.Random(draw(st.integers(0, 2**32)))
+    num_requests = draw(st.integers(1, 6))
+    requests = [_random_request(rng) for _ in range(num_requests)]
+    longest = max(request.num_prompt_tokens + request.max_tokens for request in requests)
+    max_num_seqs = rng.randint(1, 6)
+    limits = {
+        "num_blocks": -(-longest // BLOCK_SIZE) + rng.choice([0, 0, 1, 3, 40]),
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_seqs + rng.choice([0, 1, 3, 20, 200]),
+        "prefill_chunk_tokens": rng.choice([1, 2, 5, 16, 64]),
+    }
+    return Workload(
+        requests,
+        arrivals=[rng.choice([0, 0, rng.randint(0, 20)]) for _ in requests],
+        aborts={rng.randint(1, 15): [rng.choice(requests)]} if rng.random() < 0.3 else {},
+        limits=limits,
+        draft_noise=rng.choice([0.0, 0.5, 1.5, 1.5, 8.0]),
+        draft_failure_rate=rng.choice([0.0, 0.0, 0.3]),
+    )
+
+
+def _random_request(rng: random.Random) -> Request:
+    values: dict[str, Any] = {}
+    if rng.random() < 0.4:
+        values |= {"temperature": rng.choice([0.3, 1.0]), "seed": rng.randrange(2**64)}
+    if rng.random() < 0.3:
+        values |= {"repetition_penalty": 1.3, "frequency_penalty": 0.5}
+    if rng.random() < 0.3:
+        values |= {"end_id": rng.randrange(VOCAB_SIZE), "min_tokens": rng.randint(0, 6)}
+    if rng.random() < 0.3:
+        values["max_draft_tokens"] = rng.choice([0, 1, 3])
+    if rng.random() < 0.2:
+        values["num_draft_tokens"] = rng.choice([0, 1, 2, 5])
+    values["slo"] = rng.choice([SLO(), SLO(), SLO(0.05, 0.02), SLO(None, 0.005)])
+    prompt = [rng.randrange(VOCAB_SIZE) for _ in range(rng.choice([1, 2, 5, 17, 30]))]
+    return make_request(prompt, rng.choice([1, 2, 5, 14]), **values)
+
+
+@pytest.mark.parametrize("policy", all_policies())
+@settings(max_examples=50)
+@given(workload=workloads())
+def test_every_request_gets_exactly_what_plain_decoding_gives(
+    policy: PolicyConfig, workload: Workload
+) -> None:
+    num_blocks = workload.limits["num_blocks"]
+    target = PagedLM(num_blocks, BLOCK_SIZE, vocab_size=VOCAB_SIZE)
+    draft = FlakyLM(
+        num_blocks,
+        BLOCK_SIZE,
+        vocab_size=VOCAB_SIZE,
+        noise=workload.draft_noise,
+        failure_rate=workload.draft_failure_rate,
+    )
+    core = make_core(policy, target=target, draft=draft, block_size=BLOCK_SIZE, **workload.limits)
+    outputs = drive(core, workload.requests, arrivals=workload.arrivals, aborts=workload.aborts)
+    aborted = {request.key for requests in workload.aborts.values() for request in requests}
+    for request, output in zip(workload.requests, outputs, strict=True):
+        prompt = request.prompt_token_ids
+        expected = plain_decode(target, prompt, request.max_tokens, request.sampling)
+        if request.key in aborted:  # it may have finished before
+            expected = expected[: len(output)]
+        assert output == expected
+
+
+@pytest.mark.parametrize("values", SAMPLING)
+@pytest.mark.parametrize(
+    "policy", ["specserve", "adaptive", PolicyConfig(name="fixed", num_draft_tokens=4)], ids=name_of
+)
+def test_every_sampling_parameter_gives_the_tokens_of_plain_decoding(
+    policy: PolicyConfig | str, values: dict[str, Any]
+) -> None:
+    core = make_core(policy)
+    target = PagedLM()
+    requests = [make_request([i, 2, 3], 24, seed=i, **values) for i in range(12)]
+    expected = [plain_decode(target, r.prompt_token_ids, 24, r.sampling) for r in requests]
+    assert drive(core, requests) == expected
+    assert core.stats.num_accepted_tokens > 0, "nothing was speculated: the test proves nothing"
+
+
+def test_preemption_really_happens_in_a_tiny_cache_and_changes_nothing() -> None:
+    target = PagedLM(10, 4)
+    draft = PagedLM(10, 4, noise=1.5)
+    core = make_core("adaptive", target=target, draft=draft, num_blocks=10, max_num_seqs=4)
+    requests = [make_request([i, 5, 9], 30, temperature=0.8 * (i % 2), seed=i) for i in range(5)]
+    outputs = drive(core, requests)
+    assert core.scheduler.num_preemptions > 0
+    for request, output in zip(requests, outputs, strict=True):
+        assert output == plain_decode(target, request.prompt_token_ids, 30, request.sampling)
+
+
+@pytest.mark.parametrize(
+    ("draft", "low", "high"),
+    [
+        pytest.param({"noise": 0.0}, 1.0, 1.0, id="always agrees"),
+        pytest.param({"noise": 1.5}, 0.2, 0.95, id="agrees sometimes"),
+        pytest.param({"scale": -1.0}, 0.0, 0.05, id="never agrees"),
+    ],
+)
+def test_acceptance_is_the_draft_models_merit_and_output_is_not(
+    draft: dict[str, float], low: float, high: float
+) -> None:
+    policy = PolicyConfig(name="fixed", num_draft_tokens=3)
+    core = make_core(policy, draft=PagedLM(**draft))
+    requests = [make_request([i, 2, 3], 30) for i in range(8)]
+    outputs = drive(core, requests)
+    assert low <= core.stats.num_accepted_tokens / core.stats.num_verified_tokens <= high
+    assert outputs == drive(make_core("none"), [make_request([i, 2, 3], 30) for i in range(8)])
+
+
+def test_a_draft_that_always_agrees_still_does_after_a_pause() -> None:
+    """Guards against holes in the draft's KV: tokens it missed while it did not draft (D10)."""
+    clock = FakeClock()
+    draft = FlakyLM(failure_rate=0.0)
+    policy = PolicyConfig(name="fixed", num_draft_tokens=3)
+    core = make_core(policy, draft=draft, clock=clock, draft_retry_s=10.0)
+    core.scheduler.submit(make_request([1, 2, 3], 60))
+    for step in range(14):
+        draft.failure_rate = 1.0 if step == 3 else 0.0  # one failure, then silence until step 9
+        clock.now = 20.0 if step >= 9 else 0.0
+        core.step()
+    assert core.stats.num_verified_tokens == core.stats.num_accepted_tokens == (2 + 5) * 3
+    assert core.stats.num_output_tokens == 14 + (2 + 5) * 3
+
+
+# -- by distribution ---------------------------------------------------------------------------
+
+
+def chi_square(counts: Mapping[tuple[int, ...], int], probs: Mapping[Any, float]) -> float:
+    """Return the probability of counts at least as far from expectation as these, by chance.
+
+    Outcomes expected fewer than 5 times are counted as one. An impossible outcome gives 0.
+    """
+    if any(probs.get(outcome, 0.0) == 0.0 for outcome in counts):
+        return 0.0
+    total = sum(counts.values())
+    common = [outcome for outcome, prob in probs.items() if prob * total >= 5]
+    observed = [counts.get(outcome, 0) for outcome in common]
+    expected = [probs[outcome] * total for outcome in common]
+    rest = total - sum(expected)
+    if rest > 1e-6 * total:
+        observed.append(total - sum(observed))
+        expected.append(rest)
+    if len(observed) == 1:
+        return 1.0
+    return float(stats.chisquare(observed, expected).pvalue)
+
+
+def enumerate_outputs(
+    model: PagedLM, prompt: Sequence[int], length: int, params: SamplingParams
+) -> dict[tuple[int, ...], float]:
+    """Return the exact probability of every output of this length."""
+    outputs: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(length):
+        longer = {}
+        for output, prob in outputs.items():
+            context = [*prompt, *output]
+            logits = reference_logits(model.logits(context), params, context, len(prompt))
+            for token_id, p in enumerate(reference_probs(logits, params)):
+                longer[(*output, token_id)] = prob * p
+        outputs = longer
+    return outputs
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": 0.5},
+        {"temperature": 0.7},
+        {"temperature": 1.0},
+        {"temperature": 1.0, "top_p": 0.7},
+        {"temperature": 1.0, "top_k": 2},
+        {"temperature": 1.0, "min_p": 0.4},
+        {"temperature": 0.7, "repetition_penalty": 1.5, "presence_penalty": 0.7},
+        {"temperature": 0.7, "frequency_penalty": 1.5, "top_p": 0.9},
+        {"temperature": 1.0, "logit_bias": ((1, 2.0),), "bad_words": ((1, 1), (3,))},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "policy",
+    [PolicyConfig(name="fixed", num_draft_tokens=2), "adaptive", "specserve"],
+    ids=name_of,
+)
+def test_outputs_are_distributed_as_the_target(
+    policy: PolicyConfig | str, values: dict[str, Any]
+) -> None:
+    target, prompt, num_requests = PagedLM(200, vocab_size=5, seed=7), [1, 4, 2], 2000
+    draft = PagedLM(200, vocab_size=5, seed=7, noise=1.0)
+    core = make_core(policy, target=target, draft=draft, num_blocks=200, max_num_seqs=16)
+    requests = [make_request(prompt, 3, seed=i, **values) for i in range(num_requests)]
+    counts = Counter(map(tuple, drive_fast(core, requests)))
+    probs = enumerate_outputs(target, prompt, 3, requests[0].sampling)
+    assert core.stats.num_accepted_tokens > 0
+    assert chi_square(counts, probs) > FALSE_ALARM
+
+
+@pytest.mark.parametrize("seed_of", [lambda i: 0, lambda i: i % 50], ids=["one seed", "50 seeds"])
+def test_the_check_sees_that_requests_share_their_randomness(
+    seed_of: Callable[[int], int],
+) -> None:
+    """Guards the check itself, against a generator that is seeded alike for all requests."""
+    target, prompt = PagedLM(200, vocab_size=5, seed=7), [1, 4, 2]
+    core = make_core("none", target=target, num_blocks=200)
+    requests = [make_request(prompt, 2, seed=seed_of(i), temperature=1.0) for i in range(1000)]
+    counts = Counter(map(tuple, drive_fast(core, requests)))
+    assert chi_square(counts, enumerate_outputs(target, prompt, 2, requests[0].sampling)) < 1e-9
+
+
+# -- the check bites: a selection that reads the token it judges (D14) -------------------------
+
+TWO_TOKENS = np.array([0.7, 0.3])
+
+
+class SampledDraft:
+    """Draws each draft token from {0: .7, 1: .3}; its confidence is that token's probability."""
+
+    def __init__(self) -> None:
+        self._random = np.random.default_rng(1)
+
+    def draft(self, batch: Batch) -> list[Draft]:
+        """Propose up to each row's cap."""
+        return [self._draw(row.max_draft_tokens) for row in batch.rows]
+
+    def release(self, keys: Sequence[int]) -> None:
+        """Nothing is kept."""
+
+    def _draw(self, length: int) -> Draft:
+        token_ids = self._random.choice(2, size=length, p=TWO_TOKENS).tolist()
+        return Draft(token_ids, [float(TWO_TOKENS[t]) for t in token_ids])
+
+
+class TextbookTarget:
+    """Rejection sampling as the papers print it, for a target that equals the sampled draft.
+
+    A draft token is accepted with min(1, target / draft) = 1, and a bonus token follows the last.
+    """
+
+    def __init__(self) -> None:
+        self._random = np.random.default_rng(2)
+
+    def verify(self, batch: Batch, chosen: Sequence[Sequence[int]]) -> list[Verified]:
+        """Accept everything, add one."""
+        return [
+            Verified([*draft, self._bonus()] if row.samples else [])
+            for row, draft in zip(batch.rows, chosen, strict=True)
+        ]
+
+    def release(self, keys: Sequence[int]) -> None:
+        """Nothing is kept."""
+
+    def _bonus(self) -> int:
+        return int(self._random.choice(2, p=TWO_TOKENS))
+
+
+class Threshold:
+    """Verify a draft up to the first token whose own confidence is not above a half."""
+
+    def plan(self, rows: Sequence[Row]) -> DraftPlan:
+        """Two tokens for everybody."""
+        return DraftPlan([2] * len(rows))
+
+    def select(self, batch: Batch, confidences: Sequence[Sequence[float]]) -> list[int]:
+        """Cut at the first unsure token."""
+        return [sum(1 for _ in itertools.takewhile(lambda c: c > 0.5, row)) for row in confidences]
+
+    def observe(self, record: StepRecord) -> None:
+        """Learn nothing."""
+
+    def release(self, keys: Sequence[int]) -> None:
+        """Nothing is kept."""
+
+
+class VerifyAll(Threshold):
+    """The same, without a selection."""
+
+    def select(self, batch: Batch, confidences: Sequence[Sequence[float]]) -> list[int]:
+        """Keep every token."""
+        return [len(row) for row in confidences]
+
+
+def outputs_of(policy: Threshold, target_engine: Any) -> Counter[tuple[int, ...]]:
+    core = make_core(policy_object=policy, draft_engine=SampledDraft(), target_engine=target_engine)
+    requests = [make_request([1], 3, temperature=1.0, seed=i) for i in range(3000)]
+    return Counter(map(tuple, drive_fast(core, requests)))
+
+
+def three_tokens() -> dict[tuple[int, ...], float]:
+    return {
+        output: float(np.prod(TWO_TOKENS[list(output)]))
+        for output in itertools.product(range(2), repeat=3)
+    }
+
+
+def test_textbook_verification_passes_the_check_while_selection_reads_no_token() -> None:
+    assert chi_square(outputs_of(VerifyAll(), TextbookTarget()), three_tokens()) > FALSE_ALARM
+
+
+def test_selection_that_reads_sampled_tokens_fails_the_check() -> None:
+    counts = outputs_of(Threshold(), TextbookTarget())
+    assert chi_square(counts, three_tokens()) < 1e-50
+    # The output's second token is the first with a draft. Kept or not, P(0) = .7 + .3 * .7.
+    second = sum(n for output, n in counts.items() if output[1] == 0) / sum(counts.values())
+    assert second == pytest.approx(0.91, abs=0.02)
+
+
+class TwoTokenLM(PagedLM):
+    """The target of the example: {0: .7, 1: .3} after any context."""
+
+    def __init__(self) -> None:
+        super().__init__(vocab_size=2)
+
+    def _logits(self, hashes: Any) -> Any:
+        return np.tile(np.log(TWO_TOKENS).astype(np.float32), (len(hashes), 1))
+
+
+def test_our_verification_passes_the_check_even_under_that_selection() -> None:
+    """A draft token is kept iff the target draws it itself, so no selection can bias it."""
+    counts = outputs_of(Threshold(), ModelTargetEngine(TwoTokenLM()))
+    assert chi_square(counts, three_tokens()) > FALSE_ALARM
