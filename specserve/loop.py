@@ -96,9 +96,16 @@ class Loop:
             if self._is_stopping:
                 return
             for action in inbox:
-                action()
+                self._guarded(action)
             if self.core.scheduler.has_work:
                 self._step()
+
+    def _guarded(self, action: Callable[[], object]) -> None:
+        """Run what a client asked for, or what answers one: it must not end the loop."""
+        try:
+            action()
+        except Exception:
+            logger.exception("the step loop goes on after an error beside the step")
 
     def _step(self) -> None:
         try:
@@ -109,7 +116,7 @@ class Loop:
             self.is_healthy = False
             self._fail_all(error)
         else:
-            self._sink(outputs)
+            self._guarded(lambda: self._sink(outputs))
 
     def _fail_all(self, error: Exception) -> None:
         scheduler = self.core.scheduler

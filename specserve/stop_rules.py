@@ -187,7 +187,10 @@ class ValueStopper:
         features = acceptance.scout_features(self._z[rows], self._position, rule.history[rows])
         ahead = acceptance.sigmoid(features @ rule.scout)
         next_gain = self._survival[rows] * self._weight[rows] * ahead
-        keep: Mask = next_gain >= self.ROW_SHARE * best.rate * self._cost_of_token(best.num_tokens)
+        bar = self.ROW_SHARE * best.rate * self._cost_of_token(best.num_tokens)
+        if best.num_tokens:  # on a plateau a surer token replaces the least sure one at no cost
+            bar = min(bar, float(gains[best.num_tokens - 1]))
+        keep: Mask = next_gain >= bar
         fixed: Mask = self._fixed[rows]
         if not keep.any():
             return fixed

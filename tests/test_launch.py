@@ -310,7 +310,8 @@ def test_example_calls_reach_a_server_on_all_addresses() -> None:
     calls = example_calls("0.0.0.0", 18000, 18001)
     assert "http://127.0.0.1:18000/v2/models/ensemble/generate_stream" in calls
     assert '"127.0.0.1:18001"' in calls
-    assert r'{"text_input": "import unittest\n\nclass Test", "max_tokens": 40, "stream": true}' in calls
+    prompt = r'"text_input": "import unittest\n\nclass Test"'
+    assert f'{{{prompt}, "max_tokens": 40, "stream": true}}' in calls
     script = calls.split("<<'EOF'\n")[1].split("EOF\n")[0]
     compile(script, "call", "exec")
 

@@ -130,7 +130,9 @@ class Correction:
         return value
 
     def observe(self, size: int, predicted: float, measured: float) -> None:
-        """Learn from one pair of predicted and measured seconds."""
+        """Learn from one pair of predicted and measured seconds; no time says nothing."""
+        if measured <= 0.0:
+            return
         self._errors.append(abs(predicted - measured) / measured)
         error = float(np.clip(np.log(measured / predicted), -self.CLIP, self.CLIP))
         self._common += self.COMMON_RATE * error
