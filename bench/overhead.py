@@ -54,7 +54,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--engines", default=str(ROOT / "build" / "bench_target"))
     parser.add_argument("--precision", default="bf16")
-    parser.add_argument("--policy", default="adaptive")
+    parser.add_argument("--policy", default="specserve")
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--output", type=Path, help="append the JSON line to this file")
