@@ -43,7 +43,7 @@ def main() -> None:
             "bench": "overhead",
             "overhead_share": {str(n): round(row["overhead_share"], 4) for n, row in rows.items()},
             "detail": {str(n): row for n, row in rows.items()},
-            "config": vars(options) | {"engines": Path(options.engines).name},
+            "config": vars(options),
         },
         options.output,
     )

@@ -1,10 +1,11 @@
 """Which policy gives the most tokens per second, at which load?
 
 Method: one pair of engines in this process, a closed loop of `concurrency` requests of equal
-length, greedy, held-out prompts; prompt processing counted. Every policy runs on the same step
-loop, prompts and clock; rounds interleave the policies in random order, so that a slow moment of
-the machine hits all alike. Policies keep what they learn from round to round; the first round only
-warms up. `--engine simulated` replays a recorded acceptance process in virtual time instead.
+length, greedy, held-out prompts, measured while the loop is full. Counted are the steps in which
+every row decodes; the rate with prompt processing stands beside it. Every policy runs on the same
+step loop, prompts and clock; rounds interleave the policies in random order, so that a slow moment
+of the machine hits all alike. Policies keep what they learn from round to round; the first round
+only warms up. `--engine simulated` replays a recorded acceptance process in virtual time instead.
 
 Example: python -m bench.policies --concurrency 1 2 4 8 16
          python -m bench.policies --engine simulated
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -58,23 +59,46 @@ ARMS = {
 }
 
 
+class Run(NamedTuple):
+    """One closed loop while it was full.
+
+    Attributes:
+        num_tokens, seconds: of the steps in which every row decoded.
+        num_all_tokens, all_seconds: of all steps, those with prompt tokens too.
+    """
+
+    core: SpecServe
+    num_tokens: int
+    seconds: float
+    num_all_tokens: int
+    all_seconds: float
+
+
+def _full_decoding(core: SpecServe, concurrency: int, clock: Callable[[], float]) -> Run:
+    num_tokens, seconds, started = 0, 0.0, clock()
+    while len(core.scheduler.requests) >= concurrency:
+        base, output, before = core.stats.num_base_tokens, core.stats.num_output_tokens, clock()
+        core.step()
+        if core.stats.num_base_tokens - base == concurrency:  # one each: no prompt in the step
+            num_tokens += core.stats.num_output_tokens - output
+            seconds += clock() - before
+    return Run(core, num_tokens, seconds, core.stats.num_output_tokens, clock() - started)
+
+
 @dataclass(slots=True)
 class Cell:
     """One policy at one load: totals over the counted rounds."""
 
-    num_tokens: int = 0
-    seconds: float = 0.0
     rates: list[float] = field(default_factory=list)
+    all_rates: list[float] = field(default_factory=list)
     stats: dict[str, float] = field(default_factory=dict)
 
-    def add(self, core: SpecServe, seconds: float) -> None:
+    def add(self, run: Run) -> None:
         """Count a run."""
-        stats = core.stats
-        self.num_tokens += stats.num_output_tokens
-        self.seconds += seconds
-        self.rates.append(stats.num_output_tokens / seconds)
+        self.rates.append(run.num_tokens / run.seconds)
+        self.all_rates.append(run.num_all_tokens / run.all_seconds)
         for name in TOTALS:
-            self.stats[name] = self.stats.get(name, 0.0) + getattr(stats, name)
+            self.stats[name] = self.stats.get(name, 0.0) + getattr(run.core.stats, name)
 
     @property
     def tokens_per_s(self) -> float:
@@ -101,8 +125,8 @@ class Bench:
 
     def run(
         self, policy: Policy, pacer: Pacer | None, concurrency: int, options: Any, seed: int
-    ) -> tuple[SpecServe, float]:
-        """Run one closed loop to the end; return the core and the seconds it took."""
+    ) -> Run:
+        """Run one closed loop until it is no longer full."""
         draft, target, clock = self.engines_for(seed)
         config = load_config(None, [*options.overrides, f"scheduler.max_num_seqs={concurrency}"])
         core = assemble(
@@ -115,9 +139,7 @@ class Bench:
         started = clock()
         for key, prompt in enumerate(prompts, 1):  # the same keys: simulated texts go by them
             core.scheduler.submit(Request(prompt, options.max_tokens, key=key), started)
-        while core.scheduler.has_work:
-            core.step()
-        return core, clock() - started
+        return _full_decoding(core, concurrency, clock)
 
 
 def main() -> None:
@@ -135,13 +157,17 @@ def main() -> None:
                 arm: {str(c): round(cells[c][arm].tokens_per_s, 2) for c in cells}
                 for arm in options.arms
             },
+            "tokens_per_s_with_prompts": {
+                arm: {str(c): round(float(np.median(cells[c][arm].all_rates)), 2) for c in cells}
+                for arm in options.arms
+            },
             "against_best_other": {str(c): round(_against_best(cells[c]), 4) for c in cells},
             "against_adaspec_released": round(_geometric_mean(cells), 4),
             "steps": {
                 arm: {str(c): _per_step(cells[c][arm]) for c in cells} for arm in options.arms
             },
             "wall_s": round(time.perf_counter() - started, 1),
-            "config": {k: str(v) for k, v in vars(options).items() if k != "output"},
+            "config": vars(options),
         },
         options.output,
     )
@@ -153,7 +179,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--rounds", type=int, default=4, help="the first one warms up")
-    parser.add_argument("--requests", type=int, default=2, help="per row and round")
+    parser.add_argument("--requests", type=int, default=3, help="per row and round")
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--engines", default=str(ROOT / "build" / "bench_target"))
     parser.add_argument("--precision", default="bf16")
@@ -201,9 +227,9 @@ def _column(bench: Bench, concurrency: int, options: argparse.Namespace) -> dict
         for round_ in range(options.rounds):
             order = random.Random(round_).sample(options.arms, len(options.arms))
             for arm in order:
-                core, seconds = bench.run(*policies[arm], concurrency, options, seed=round_)
+                run = bench.run(*policies[arm], concurrency, options, seed=round_)
                 if round_:
-                    cells[arm].add(core, seconds)
+                    cells[arm].add(run)
                 progress.advance(task)
     return cells
 

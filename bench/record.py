@@ -30,7 +30,7 @@ def context() -> dict[str, Any]:
 
 def emit(result: Mapping[str, Any], path: Path | None = None) -> None:
     """Print the result as one JSON line, the last of the output, and append it to a file."""
-    line = json.dumps({**result, **context()})
+    line = json.dumps({**result, **context()}, default=str).replace(f"{ROOT}/", "")
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:

@@ -151,10 +151,12 @@ class ValueStopper:
         self._base_yield, self._spent_s, self._is_forced = rule.base.tolist()
         self._fixed = np.isinf(rule.weight)
         self._weight = np.where(self._fixed, 1.0, rule.weight)
+        self._verify_s: list[float] = rule.verify_s.tolist()
+        self._forward_s: list[float] = rule.forward_s.tolist()
         num_rows = len(rule.history)
         self._survival = np.ones(num_rows)
         self._z = np.zeros(num_rows)
-        self._gains = np.empty(0)
+        self._gains: list[float] = []  # of the tokens drafted so far, largest first
         self._position = 0
 
     def begins(self) -> Mask:
@@ -174,45 +176,44 @@ class ValueStopper:
         features = acceptance.judge_features(z, self._position, rule.history[rows])
         self._survival[rows] *= acceptance.sigmoid(features @ rule.judge)
         self._z[rows] = z
-        self._gains = np.concatenate((self._gains, self._survival[rows] * self._weight[rows]))
-        self._spent_s += rule.forward_s[len(rows)]
+        self._gains = self._with(self._gains, self._survival[rows] * self._weight[rows])
+        self._spent_s += self._forward_s[len(rows)]
         self._position += 1
         return self._worth_another(rows)
 
     def _worth_another(self, rows: Rows, margin: float = 1.0) -> Mask:
         """Compare the best rate now with the best after one and after two more forwards."""
         rule, spent = self._rule, self._spent_s
-        gains = -np.sort(-self._gains)
-        best = best_total(gains, self._base_yield, rule.verify_s, spent)
+        best = best_total(self._gains, self._base_yield, self._verify_s, spent)
         features = acceptance.scout_features(self._z[rows], self._position, rule.history[rows])
         ahead = acceptance.sigmoid(features @ rule.scout)
         next_gain = self._survival[rows] * self._weight[rows] * ahead
         bar = self.ROW_SHARE * best.rate * self._cost_of_token(best.num_tokens)
         if best.num_tokens:  # on a plateau a surer token replaces the least sure one at no cost
-            bar = min(bar, float(gains[best.num_tokens - 1]))
+            bar = min(bar, self._gains[best.num_tokens - 1])
         keep: Mask = next_gain >= bar
         fixed: Mask = self._fixed[rows]
-        if not keep.any():
+        num_kept = int(np.count_nonzero(keep))
+        if num_kept == 0:
             return fixed
-        forward = float(rule.forward_s[int(keep.sum())])
-        one = self._with(gains, next_gain[keep])
+        forward = self._forward_s[num_kept]
+        one = self._with(self._gains, next_gain[keep])
+        needed = margin * best.rate
+        if best_total(one, self._base_yield, self._verify_s, spent + forward).rate > needed:
+            return keep | fixed
         two = self._with(one, next_gain[keep] * ahead[keep])
-        rates = (
-            best_total(one, self._base_yield, rule.verify_s, spent + forward).rate,
-            best_total(two, self._base_yield, rule.verify_s, spent + 2.0 * forward).rate,
-        )
-        return keep | fixed if max(rates) > margin * best.rate else fixed
+        if best_total(two, self._base_yield, self._verify_s, spent + 2.0 * forward).rate > needed:
+            return keep | fixed
+        return fixed
 
-    def _with(self, gains: Floats, more: Floats) -> Floats:
-        limit = len(self._rule.verify_s) - 1
-        merged: Floats = -np.sort(-np.concatenate((gains, more)))
-        return merged[:limit]
+    def _with(self, gains: list[float], more: Floats) -> list[float]:
+        merged = sorted([*gains, *more.tolist()], reverse=True)
+        return merged[: len(self._verify_s) - 1]
 
     def _cost_of_token(self, num_tokens: int) -> float:
-        verify_s = self._rule.verify_s
-        end = min(num_tokens + self.WINDOW, len(verify_s) - 1)
+        end = min(num_tokens + self.WINDOW, len(self._verify_s) - 1)
         start = max(0, end - self.WINDOW)
-        return float(verify_s[end] - verify_s[start]) / max(1, end - start)
+        return (self._verify_s[end] - self._verify_s[start]) / max(1, end - start)
 
 
 RULES: dict[int, type[SurvivalRule] | type[ValueRule]] = {

@@ -315,7 +315,7 @@ def test_the_controller_forgets_finished_requests() -> None:
 def test_predictors_of_two_tests_share_nothing() -> None:
     first = step_time()
     for _ in range(50):
-        first.observe_verify(8, 100, 0, 1.0)
+        first.observe_verify(8, first.verify_s(8, 100), 1.0)
     assert first.verify_s(8, 100) > 2 * step_time().verify_s(8, 100)
 
 

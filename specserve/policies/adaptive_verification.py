@@ -83,7 +83,9 @@ class AdaptiveVerificationPolicy:
         costs = StepCosts.of(self.step_time, batch.rows, self.max_draft_tokens)
         draft_s = costs.draft_s(int(costs.caps.max()))
         gains = -np.sort(-survivals)
-        return best_total(gains, costs.base_yield, costs.verify_s, draft_s).num_tokens
+        return best_total(
+            gains.tolist(), costs.base_yield, costs.verify_s.tolist(), draft_s
+        ).num_tokens
 
     def observe(self, record: StepRecord) -> None:
         """Grade what was verified, up to and including the first rejected token."""

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from specserve.batch import Batch, DraftPlan, Row, StepRecord
 from specserve.config import PolicyConfig
-from specserve.optimum import Best, best_total
+from specserve.optimum import best_total
 from specserve.policies import needed
-from specserve.predictor.acceptance import AcceptanceModel, Outcome, judge_features, logit, sigmoid
+from specserve.predictor.acceptance import AcceptanceModel, Outcome, judge_features, logit
 from specserve.predictor.step_time import StepTimeModel
 from specserve.stop_rules import ValueRule
 
@@ -29,7 +29,8 @@ class _Step:
     """What one step's plan and selection share.
 
     Attributes:
-        verify_s: [m + 1], seconds to verify with 0, ..., m draft tokens.
+        verify_s: [m + 1], predicted seconds to verify with 0, ..., m draft tokens.
+        draft_s: predicted seconds of the draft call, once its lengths are known.
         is_exploring: every row drafts, and has its first token verified, to learn.
     """
 
@@ -37,6 +38,7 @@ class _Step:
     num_prompt_tokens: int
     context_tokens: int
     verify_s: Floats
+    draft_s: float = 0.0
     is_exploring: bool = False
 
 
@@ -123,8 +125,8 @@ class SpecServePolicy:
             self.reasons["off"] += len(lengths)
             return lengths
         survival = self._survivals(batch, confidences, lengths)
-        draft_s = self.step_time.draft_s(*_draft_call(batch.rows, lengths))
-        chosen = self._choose(batch, step, survival, draft_s)
+        step.draft_s = self.step_time.draft_s(*_draft_call(batch.rows, lengths))
+        chosen = self._choose(batch, step, survival, step.draft_s)
         for i, row in enumerate(batch.rows):
             if row.has_fixed_draft:
                 chosen[i] = lengths[i]
@@ -137,28 +139,28 @@ class SpecServePolicy:
         self, batch: Batch, confidences: Sequence[Sequence[float]], lengths: list[int]
     ) -> Floats:
         """Return [num_rows, longest draft], 0 beyond a row's draft."""
-        num_rows, longest = len(lengths), max(lengths)
+        count = np.array(lengths)
+        position = np.arange(max(lengths))
+        drafted = position < count[:, None]
         history = self.acceptance.history([row.key for row in batch.rows])
-        survival = np.zeros((num_rows, longest))
-        running = np.ones(num_rows)
-        for j in range(longest):
-            rows = np.flatnonzero(np.array(lengths) > j)
-            z = logit(np.array([confidences[i][j] for i in rows]))
-            features = judge_features(z, j, history[rows])
-            running[rows] *= sigmoid(features @ self.acceptance.judge.weights)
-            survival[rows, j] = running[rows]
+        z = logit(np.array([c for row in confidences for c in row]))
+        where = np.broadcast_to(position, drafted.shape)[drafted]
+        features = judge_features(z, where, np.repeat(history, count))
+        accepted = np.zeros(drafted.shape)
+        accepted[drafted] = self.acceptance.judge.predict(features)
+        survival: Floats = np.cumprod(accepted, axis=1)
         return survival
 
     def _choose(self, batch: Batch, step: _Step, survival: Floats, draft_s: float) -> list[int]:
         """Take the best number of tokens in order of survival; ties keep the order of positions."""
+        flat = survival.ravel()
         positions = np.tile(np.arange(survival.shape[1]), len(survival))
-        order = np.lexsort((positions, -survival.ravel()))
-        gains = survival.ravel()[order]
-        gains = gains[gains > 0]
+        order = np.lexsort((positions, -flat))[: np.count_nonzero(flat)]
         base_yield = float(sum(row.samples for row in batch.rows))
-        best: Best = best_total(gains, base_yield, step.verify_s, draft_s)
+        best = best_total(flat[order].tolist(), base_yield, step.verify_s.tolist(), draft_s)
         rows = order[: best.num_tokens] // survival.shape[1]
-        return np.bincount(rows, minlength=len(survival)).tolist()  # type: ignore[no-any-return]
+        lengths: list[int] = np.bincount(rows, minlength=len(survival)).tolist()
+        return lengths
 
     # -- observe -------------------------------------------------------------------------------
 
@@ -176,14 +178,17 @@ class SpecServePolicy:
         self._observe_time(record)
 
     def _observe_time(self, record: StepRecord) -> None:
-        rows = record.batch.rows
-        num_tokens = record.batch.num_base_tokens + sum(map(len, record.chosen))
-        prompt = sum(len(row.token_ids) - row.samples for row in rows)
-        context = sum(row.num_computed_tokens for row in rows)
-        if rows:
-            self.step_time.observe_verify(num_tokens, context, prompt, record.verify_time_s)
-        lengths = [len(draft.token_ids) for draft in record.drafts]
-        self.step_time.observe_draft(*_draft_call(rows, lengths), record.draft_time_s)
+        step = self._step
+        if step is None or step.num_tokens != record.batch.num_base_tokens:
+            return  # a step without a plan: nobody could draft
+        num_chosen = sum(map(len, record.chosen))
+        self.step_time.observe_verify(
+            step.num_tokens + num_chosen, float(step.verify_s[num_chosen]), record.verify_time_s
+        )
+        if step.draft_s and any(draft.token_ids for draft in record.drafts):
+            num_rows = sum(bool(draft.token_ids) for draft in record.drafts)
+            self.step_time.observe_draft(num_rows, step.draft_s, record.draft_time_s)
+        self._step = None
 
     def release(self, keys: Sequence[int]) -> None:
         """Forget finished requests."""

@@ -4,6 +4,7 @@ Two online logistic models. The *judge* sees a drafted token's confidence; the *
 token that has not been drafted yet. Both see how the request has fared so far.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-Positions = int | NDArray[np.int64]
+Positions = int | NDArray[np.int64] | Floats
 EPS = 1e-4
 
 
@@ -83,7 +84,7 @@ class OnlineLogistic:
     Hessian as curvature (Bishop 2006, section 4.3.3).
     """
 
-    MEMORY = 2000.0  # outcomes
+    MEMORY = 300.0  # outcomes
     MIN_CURVATURE = 0.05
     MAX_STEP = 1.0  # logits by which one batch may move a prediction: a surprise is no proof
 
@@ -129,12 +130,14 @@ class AcceptanceModel:
     PRIOR_TOKENS = 4.0  # a new request counts as this many tokens of the common mean
     COMMON_MEMORY = 500.0
     NUM_BINS = 10
+    BATCH = 8
 
     def __init__(self) -> None:
         self.judge = OnlineLogistic(JUDGE_PRIOR)
         self.scout = OnlineLogistic(SCOUT_PRIOR)
         self.mean = 0.65
         self._requests: dict[int, tuple[float, float]] = {}  # accepted, seen; forgotten slowly
+        self._pending: list[tuple[float, float, int, float, float]] = []
         self._bins = np.zeros((self.NUM_BINS, 3))  # predictions, outcomes, count
 
     def history(self, keys: Sequence[int]) -> Floats:
@@ -143,23 +146,35 @@ class AcceptanceModel:
         return np.array([pair[0] / pair[1] - self.mean if pair else 0.0 for pair in found])
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
-        """Learn what a step's verification said."""
-        if not outcomes:
-            return
-        lengths = np.array([min(len(o.confidences), o.num_accepted + 1) for o in outcomes])
-        row = np.repeat(np.arange(len(outcomes)), lengths)
-        position = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        z = logit(
-            np.array([c for o, n in zip(outcomes, lengths, strict=True) for c in o.confidences[:n]])
-        )
-        before = np.where(position > 0, np.roll(z, 1), 0.0)
-        history = self.history([o.key for o in outcomes])[row]
-        accepted = (position < np.array([o.num_accepted for o in outcomes])[row]).astype(float)
+        """Learn what a step's verification said; the weights move every `BATCH` outcomes."""
+        for outcome in outcomes:
+            self._take(outcome)
+        if len(self._pending) >= self.BATCH:
+            pending, self._pending = np.array(self._pending), []
+            self._learn(*pending.T)
+
+    def _take(self, outcome: Outcome) -> None:
+        """Keep one row's tokens for learning, as the models saw them, and update its history."""
+        key, confidences, num_accepted = outcome
+        prior = (self.PRIOR_TOKENS * self.mean, self.PRIOR_TOKENS)
+        accepted, seen = self._requests.get(key, prior)
+        history, before = accepted / seen - self.mean, 0.0
+        num_seen = min(len(confidences), num_accepted + 1)
+        for position, confidence in enumerate(confidences[:num_seen]):
+            c = min(max(confidence, EPS), 1.0 - EPS)
+            z = math.log(c / (1.0 - c))
+            self._pending.append((z, before, position, history, float(position < num_accepted)))
+            before = z
+        kept = self.REQUEST_MEMORY**num_seen
+        self._requests[key] = (accepted * kept + num_accepted, seen * kept + num_seen)
+
+    def _learn(
+        self, z: Floats, before: Floats, position: Floats, history: Floats, accepted: Floats
+    ) -> None:
         predicted = self.judge.observe(judge_features(z, position, history), accepted)
         self.scout.observe(scout_features(before, position, history), accepted)
         self._count(predicted, accepted)
-        self._remember(outcomes)
-        rate = 1.0 - np.exp(-len(row) / self.COMMON_MEMORY)
+        rate = 1.0 - math.exp(-len(z) / self.COMMON_MEMORY)
         self.mean += rate * (float(accepted.mean()) - self.mean)
 
     def forget(self, keys: Sequence[int]) -> None:
@@ -172,15 +187,6 @@ class AcceptanceModel:
         used = self._bins[self._bins[:, 2] > 0]
         total = used[:, 2].sum()
         return float(np.abs(used[:, 0] - used[:, 1]).sum() / total) if total else 0.0
-
-    def _remember(self, outcomes: Sequence[Outcome]) -> None:
-        """Forget a little, then add; a new request begins with the mean of all."""
-        for key, confidences, num_accepted in outcomes:
-            prior = (self.PRIOR_TOKENS * self.mean, self.PRIOR_TOKENS)
-            accepted, seen = self._requests.get(key, prior)
-            num_seen = min(len(confidences), num_accepted + 1)
-            kept = self.REQUEST_MEMORY**num_seen
-            self._requests[key] = (accepted * kept + num_accepted, seen * kept + num_seen)
 
     def _count(self, predicted: Floats, accepted: Floats) -> None:
         bins = np.minimum((predicted * self.NUM_BINS).astype(int), self.NUM_BINS - 1)

@@ -63,17 +63,17 @@ def measure(
                 if round_:  # the first one warms up
                     times.setdefault(point, []).append(seconds)
         bench.release(rows)
-    medians = {point: float(np.median(values)) for point, values in times.items()}
+    typical = {point: float(np.percentile(values, 25)) for point, values in times.items()}
     return Profile(
         fingerprint=fingerprint,
         verify=tuple(
             VerifySample(p.num_tokens, p.num_logit_rows, p.context_tokens, t)
-            for p, t in medians.items()
+            for p, t in typical.items()
             if isinstance(p, VerifySample)
         ),
         draft=tuple(
             DraftSample(p.num_rows, p.num_forwards, p.num_catch_up_tokens, p.context_tokens, t)
-            for p, t in medians.items()
+            for p, t in typical.items()
             if isinstance(p, DraftSample)
         ),
     )

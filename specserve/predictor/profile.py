@@ -12,7 +12,8 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class VerifySample:
-    """Median seconds of a verification of `num_tokens` with `context_tokens` read.
+    """Seconds of a verification of `num_tokens` with `context_tokens` read,
+    the lower quartile of several.
 
     Attributes:
         num_logit_rows: tokens whose logits were computed; the rest were prompt tokens.
@@ -26,7 +27,7 @@ class VerifySample:
 
 @dataclass(frozen=True, slots=True)
 class DraftSample:
-    """Median seconds of a draft call of `num_rows` rows and `num_forwards` forwards.
+    """Seconds of a draft call of `num_rows` rows and `num_forwards` forwards.
 
     Attributes:
         num_catch_up_tokens: tokens of the first forward, all rows together.

@@ -3,6 +3,7 @@
 Owns the prediction of draft and verification time and its error. Decides nothing.
 """
 
+import math
 from collections import deque
 from collections.abc import Sequence
 
@@ -16,6 +17,9 @@ from specserve.predictor.telemetry import NoTelemetry, Telemetry
 Floats = NDArray[np.float64]
 
 
+REFRESH_EVERY = 8  # observations
+
+
 class StepTimeModel:
     """Predicts T(draft forwards, target tokens, context tokens) in seconds.
 
@@ -27,6 +31,8 @@ class StepTimeModel:
         self.telemetry: Telemetry = telemetry or NoTelemetry()
         self._verify = _VerifyTime(profile.verify)
         self._draft = _DraftTime(profile.draft)
+        self._cache: dict[tuple[int, ...], Floats] = {}
+        self._num_observed = 0
 
     def verify_curve(
         self, num_tokens: int, num_more: int, context_tokens: int, num_prompt_tokens: int = 0
@@ -41,11 +47,15 @@ class StepTimeModel:
         Returns:
             [num_more + 1] seconds; never falls.
         """
-        state = self.telemetry.read()
-        n = np.arange(num_tokens, num_tokens + num_more + 1, dtype=np.float64)
-        return self._verify.predict(
-            n, context_tokens, num_prompt_tokens, state.compute_scale, state.memory_scale
-        )
+        context_tokens = _rounded(context_tokens)
+        key = (num_tokens, num_more, context_tokens, num_prompt_tokens)
+        if key not in self._cache:
+            state = self.telemetry.read()
+            n = np.arange(num_tokens, num_tokens + num_more + 1, dtype=np.float64)
+            self._cache[key] = self._verify.predict(
+                n, context_tokens, num_prompt_tokens, state.compute_scale, state.memory_scale
+            )
+        return self._cache[key]
 
     def verify_s(self, num_tokens: int, context_tokens: int, num_prompt_tokens: int = 0) -> float:
         """Predict one verification."""
@@ -60,8 +70,12 @@ class StepTimeModel:
         Returns:
             [num_rows + 1] seconds.
         """
-        context_of_row = context_tokens / max(1, num_rows)
-        return self._draft.forward(np.arange(num_rows + 1, dtype=np.float64), context_of_row)
+        context_tokens = _rounded(context_tokens)
+        key = (num_rows, context_tokens)
+        if key not in self._cache:
+            rows = np.arange(num_rows + 1, dtype=np.float64)
+            self._cache[key] = self._draft.forward(rows, context_tokens / max(1, num_rows))
+        return self._cache[key]
 
     def draft_s(
         self,
@@ -78,24 +92,21 @@ class StepTimeModel:
         """
         return self._draft.call(rows_of_forwards, num_catch_up_tokens, context_tokens)
 
-    def observe_verify(
-        self, num_tokens: int, context_tokens: int, num_prompt_tokens: int, seconds: float
-    ) -> None:
-        """Learn one measured verification."""
-        predicted = self.verify_s(num_tokens, context_tokens, num_prompt_tokens)
-        self._verify.correction.observe(num_tokens, predicted, seconds)
+    def observe_verify(self, num_tokens: int, predicted_s: float, measured_s: float) -> None:
+        """Learn one measured verification from what was predicted for it."""
+        self._refresh()
+        self._verify.correction.observe(num_tokens, predicted_s, measured_s)
 
-    def observe_draft(
-        self,
-        rows_of_forwards: Sequence[int],
-        num_catch_up_tokens: int,
-        context_tokens: int,
-        seconds: float,
-    ) -> None:
-        """Learn one measured draft call."""
-        if rows_of_forwards:
-            predicted = self.draft_s(rows_of_forwards, num_catch_up_tokens, context_tokens)
-            self._draft.correction.observe(rows_of_forwards[0], predicted, seconds)
+    def observe_draft(self, num_rows: int, predicted_s: float, measured_s: float) -> None:
+        """Learn one measured draft call, whose first forward had `num_rows`."""
+        self._refresh()
+        self._draft.correction.observe(num_rows, predicted_s, measured_s)
+
+    def _refresh(self) -> None:
+        """Let predictions follow what was learnt, not after every step: they cost time too."""
+        self._num_observed += 1
+        if self._num_observed % REFRESH_EVERY == 0:
+            self._cache.clear()
 
     def verify_error(self) -> tuple[float, float]:
         """Return median and 95th percentile of the absolute percentage error of late."""
@@ -129,15 +140,23 @@ class Correction:
         value: Floats = np.exp(self._common + np.interp(cells, np.arange(16), self._local))
         return value
 
+    def factor_of(self, size: int) -> float:
+        """Return the factor for one size."""
+        cell = min(math.log2(max(size, 1)), 14.0)
+        low = int(cell)
+        share = cell - low
+        local = (1.0 - share) * self._local[low] + share * self._local[low + 1]
+        return math.exp(self._common + float(local))
+
     def observe(self, size: int, predicted: float, measured: float) -> None:
         """Learn from one pair of predicted and measured seconds; no time says nothing."""
         if measured <= 0.0:
             return
         self._errors.append(abs(predicted - measured) / measured)
-        error = float(np.clip(np.log(measured / predicted), -self.CLIP, self.CLIP))
+        error = max(-self.CLIP, min(self.CLIP, math.log(measured / predicted)))
         self._common += self.COMMON_RATE * error
-        cell = np.log2(max(size, 1))
-        low = min(int(cell), 14)
+        cell = min(math.log2(max(size, 1)), 14.0)
+        low = int(cell)
         for index, weight in ((low, 1.0 - (cell - low)), (low + 1, cell - low)):
             self._local[index] += self.LOCAL_RATE * weight * error
         self._local *= 0.999  # what all sizes share belongs to the common part
@@ -171,7 +190,7 @@ class _VerifyTime:
         stair = np.interp(np.log(n), np.log(self._sizes), self._steps)
         saved = np.minimum(self._logits_s * num_prompt, 0.5 * theory)
         seconds: Floats = (theory * stair - saved) * self.correction.factor(n)
-        return np.maximum.accumulate(seconds)
+        return lower_envelope(seconds)
 
     def _staircase(self, samples: Sequence[VerifySample]) -> tuple[Floats, Floats]:
         """Return sizes and measured time over theory at each, made monotone in time."""
@@ -184,7 +203,7 @@ class _VerifyTime:
             )
             ratios.append(float(np.median([s.seconds for s in same] / predicted)))
             theory.append(float(np.median(predicted)))
-        monotone = isotonic(np.array(ratios) * np.array(theory))
+        monotone = lower_envelope(np.array(ratios) * np.array(theory))
         return sizes, monotone / np.array(theory)
 
     def _logits_of_a_token(self, samples: Sequence[VerifySample]) -> float:
@@ -229,25 +248,27 @@ class _DraftTime:
     ) -> float:
         if not rows_of_forwards:
             return 0.0
-        rows = np.array(rows_of_forwards, dtype=np.float64)
-        more = max(0, num_catch_up_tokens - rows_of_forwards[0])
-        first = self._overhead + self._per_token * more
-        forwards = self.forward(rows, context_tokens / rows[0]).sum()
-        return float(forwards + first * self.correction.factor(rows[:1])[0])
+        first_rows = rows_of_forwards[0]
+        per_row = self._per_row + self._kv * context_tokens / first_rows
+        more = max(0, num_catch_up_tokens - first_rows)
+        seconds = self._overhead + self._per_token * more
+        seconds += len(rows_of_forwards) * self._base + per_row * sum(rows_of_forwards)
+        return seconds * self.correction.factor_of(first_rows)
 
 
-def isotonic(values: Floats) -> Floats:
-    """Return the nearest non-decreasing sequence, by pooling adjacent violators.
+def _rounded(context_tokens: int) -> int:
+    """Round to some two percent, so that neighbouring steps ask for the same prediction."""
+    step = max(32, 1 << max(0, context_tokens.bit_length() - 5))
+    return -(-context_tokens // step) * step
 
-    Source: Barlow et al. 1972, Statistical Inference under Order Restrictions.
+
+def lower_envelope(values: Floats) -> Floats:
+    """Return the largest non-decreasing sequence below `values`.
+
+    What disturbs a measurement makes it longer, so of two that contradict each other the shorter
+    one is right.
     """
-    pools: list[tuple[float, int]] = []
-    for value in values:
-        pools.append((float(value), 1))
-        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-            (a, n), (b, m) = pools[-2:]
-            pools[-2:] = [((a * n + b * m) / (n + m), n + m)]
-    return np.repeat([value for value, _ in pools], [count for _, count in pools])
+    return np.minimum.accumulate(values[::-1])[::-1]
 
 
 def _non_negative_least_squares(matrix: Floats, values: Floats, sweeps: int = 2000) -> list[float]:
