@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+from rich.console import Console
 
 from specserve.assemble import assemble
 from specserve.config import Config, dump_config, load_config
@@ -93,6 +94,23 @@ def generate(
         f"{request.num_accepted_tokens} of {request.num_verified_tokens} draft tokens accepted",
         file=sys.stderr,
     )
+
+
+@app.command()
+def profile(
+    output: Annotated[Path | None, typer.Option(help="Else where servers look for it.")] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Measure how long the configured engines take, for the policies that weigh time."""
+    from specserve.predictor.report import measure_and_describe
+
+    try:
+        table, path = measure_and_describe(_load(config, overrides), output)
+    except ValueError as error:
+        _fail(error)
+    Console().print(table)
+    print(f"stored: {path}")
 
 
 def _load(config: Path | None, overrides: list[str] | None) -> Config:

@@ -11,6 +11,7 @@ from specserve.batch import Batch, DraftPlan, Row, StepRecord
 from specserve.config import PolicyConfig
 from specserve.optimum import best_total
 from specserve.policies import needed
+from specserve.policies.owed import deficits, least_debt, owed_first
 from specserve.predictor.acceptance import AcceptanceModel, Outcome, judge_features, logit
 from specserve.predictor.step_time import StepTimeModel
 from specserve.stop_rules import ValueRule
@@ -31,6 +32,7 @@ class _Step:
     Attributes:
         verify_s: [m + 1], predicted seconds to verify with 0, ..., m draft tokens.
         draft_s: predicted seconds of the draft call, once its lengths are known.
+        deficit: [num_rows], tokens missing at the end of a plain step, if anybody has objectives.
         is_exploring: every row drafts, and has its first token verified, to learn.
     """
 
@@ -39,6 +41,7 @@ class _Step:
     context_tokens: int
     verify_s: Floats
     draft_s: float = 0.0
+    deficit: Floats | None = None
     is_exploring: bool = False
 
 
@@ -56,6 +59,7 @@ class SpecServePolicy:
     """
 
     EXPLORE_EVERY = 48  # steps while off
+    MAX_LATE = 3.0  # owed tokens beyond which a row is not more urgent
     ON_MARGIN = 1.02  # promised over plain rate that turns speculation on
     OFF_MARGIN = 1.0
 
@@ -98,11 +102,18 @@ class SpecServePolicy:
             judge=self.acceptance.judge.weights,
             scout=self.acceptance.scout.weights,
             history=self.acceptance.history([row.key for row in rows]),
-            weight=np.array([np.inf if row.has_fixed_draft else 1.0 for row in rows]),
+            weight=self._weights(rows, float(step.verify_s[0])),
             verify_s=step.verify_s,
             forward_s=np.pad(forward_s, (0, len(rows) - len(drafting)), mode="edge"),
             base=np.array([sum(row.samples for row in rows), first_s - forward_s[-1], 1.0]),
         )
+
+    def _weights(self, rows: Sequence[Row], plain_s: float) -> Floats:
+        """Return what a token of each row is worth: more to rows that would end the step late."""
+        late = np.clip(deficits(rows, plain_s), 0.0, self.MAX_LATE)
+        fixed = np.array([row.has_fixed_draft for row in rows])
+        weights: Floats = np.where(fixed, np.inf, 1.0 + late)
+        return weights
 
     def _gate(self, rule: ValueRule, caps: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Say which rows draft at all, with hysteresis over the whole batch."""
@@ -132,7 +143,8 @@ class SpecServePolicy:
                 chosen[i] = lengths[i]
             elif step.is_exploring:
                 chosen[i] = max(chosen[i], min(lengths[i], 1))
-            self.reasons[_reason(row, step, chosen[i], lengths[i])] += 1
+            is_owed = step.deficit is not None and step.deficit[i] > 0.0
+            self.reasons[_reason(row, step, is_owed, chosen[i], lengths[i])] += 1
         return chosen
 
     def _survivals(
@@ -157,10 +169,31 @@ class SpecServePolicy:
         positions = np.tile(np.arange(survival.shape[1]), len(survival))
         order = np.lexsort((positions, -flat))[: np.count_nonzero(flat)]
         base_yield = float(sum(row.samples for row in batch.rows))
-        best = best_total(flat[order].tolist(), base_yield, step.verify_s.tolist(), draft_s)
-        rows = order[: best.num_tokens] // survival.shape[1]
+        if any(row.tpot_s is not None for row in batch.rows):
+            order, num_tokens = self._keep_promises(batch, step, survival, order, base_yield)
+        else:
+            gains = flat[order].tolist()
+            num_tokens = best_total(gains, base_yield, step.verify_s.tolist(), draft_s).num_tokens
+        rows = order[:num_tokens] // survival.shape[1]
         lengths: list[int] = np.bincount(rows, minlength=len(survival)).tolist()
         return lengths
+
+    def _keep_promises(
+        self,
+        batch: Batch,
+        step: _Step,
+        survival: Floats,
+        order: NDArray[np.int64],
+        base_yield: float,
+    ) -> tuple[NDArray[np.int64], int]:
+        """Order owed tokens first; of the totals that owe least, take the best token rate."""
+        step_s = step.draft_s + step.verify_s[: len(order) + 1]
+        step.deficit = deficits(batch.rows, float(step_s[0]))
+        order = owed_first(survival, order, step.deficit)
+        gains = survival.ravel()[order]
+        rates = (base_yield + np.concatenate(([0.0], np.cumsum(gains)))) / step_s
+        allowed = least_debt(batch.rows, survival, order, step_s)
+        return order, int(np.where(allowed, rates, -1.0).argmax())
 
     # -- observe -------------------------------------------------------------------------------
 
@@ -203,10 +236,12 @@ def _draft_call(rows: Sequence[Row], lengths: Sequence[int]) -> tuple[list[int],
     return forwards, catch_up, sum(row.num_draft_computed_tokens for row in drafting)
 
 
-def _reason(row: Row, step: _Step, num_chosen: int, num_drafted: int) -> str:
+def _reason(row: Row, step: _Step, is_owed: bool, num_chosen: int, num_drafted: int) -> str:
     """Name what decided a row's length."""
     if row.has_fixed_draft:
         return "fixed"
+    if is_owed and num_chosen:
+        return "owed"
     if step.is_exploring:
         return "explore"
     if num_chosen == 0:

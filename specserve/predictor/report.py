@@ -1,0 +1,48 @@
+"""`specserve profile`: measure thoroughly, store, and show how well the model fits."""
+
+from pathlib import Path
+
+from rich.table import Table
+
+from specserve import engines
+from specserve.config import Config
+from specserve.predictor.measure import Effort, measure
+from specserve.predictor.profile import Profile
+from specserve.predictor.step_time import StepTimeModel
+from specserve.predictor.store import fingerprint, path_of
+
+
+def measure_and_describe(config: Config, output: Path | None) -> tuple[Table, Path]:
+    """Measure the configured pair in this process and store the profile.
+
+    Returns:
+        Measured against predicted verification times, and where the profile is.
+
+    Raises:
+        ValueError: a pair or configuration that does not fit.
+    """
+    info = engines.describe(config)
+    draft, target = engines.make_draft_engine(config), engines.make_target_engine(config)
+    marks = fingerprint(config)
+    profile = measure(draft, target, info, marks, Effort())
+    path = output or path_of(marks)
+    profile.save(path)
+    return _table(profile), path
+
+
+def _table(profile: Profile) -> Table:
+    model = StepTimeModel(profile)
+    table = Table(title="Verification: measured and predicted")
+    for column in ("tokens", "of them prompt", "context", "measured ms", "predicted ms"):
+        table.add_column(column, justify="right")
+    for s in profile.verify:
+        num_prompt = s.num_tokens - s.num_logit_rows
+        predicted_s = model.verify_s(s.num_tokens, s.context_tokens, num_prompt)
+        table.add_row(
+            str(s.num_tokens),
+            str(num_prompt),
+            str(s.context_tokens),
+            f"{s.seconds * 1e3:.2f}",
+            f"{predicted_s * 1e3:.2f}",
+        )
+    return table

@@ -1,0 +1,209 @@
+"""The predictor: theory, staircase, correction, telemetry, and the profile behind them."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specserve.optimum import best_total
+from specserve.predictor.profile import DraftSample, Profile, VerifySample
+from specserve.predictor.roofline import Roofline
+from specserve.predictor.step_time import Correction, StepTimeModel, lower_envelope
+from specserve.predictor.telemetry import DeviceState
+
+TRUTH = Roofline(overhead=1e-3, weights=20e-3, kv=1e-6, flops=1e-3, knee=4.0)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def make_profile(scale: float = 1.0) -> Profile:
+    verify = [
+        VerifySample(n, n, c, scale * float(TRUTH(np.array([n]), c)[0]))
+        for n in SIZES
+        for c in (100, 4000)
+    ]
+    verify.append(VerifySample(64, 0, 100, scale * (float(TRUTH(np.array([64]), 100)[0]) - 0.016)))
+    draft = [
+        DraftSample(r, k, r, r * c, 3e-4 + k * (4e-4 + r * 1e-5 + r * c * 1e-8))
+        for r in (1, 4, 16)
+        for k in (1, 4, 8)
+        for c in (50, 500)
+    ]
+    draft.append(DraftSample(1, 1, 101, 500, 3e-4 + 4e-4 + 1e-5 + 5e-6 + 100 * 2e-5))
+    return Profile({"device": "test"}, tuple(verify), tuple(draft))
+
+
+class Clocks:
+    """Scripted telemetry."""
+
+    def __init__(self, state: DeviceState) -> None:
+        self.state = state
+
+    def read(self) -> DeviceState:
+        return self.state
+
+
+# -- theory ------------------------------------------------------------------------------------
+
+
+def test_fit_finds_the_roofline_behind_exact_measurements() -> None:
+    points = list(itertools.product(SIZES, (100, 4000)))
+    seconds = [float(TRUTH(np.array([n]), c)[0]) for n, c in points]
+    fitted = Roofline.fit([n for n, _ in points], [c for _, c in points], seconds)
+    for (n, c), truth in zip(points, seconds, strict=True):
+        assert float(fitted(np.array([n]), c)[0]) == pytest.approx(truth, rel=0.03)
+
+
+@pytest.mark.parametrize("seconds", [[1.0] * 4, [1.0] * 5 + [0.0]])
+def test_a_fit_without_enough_measurements_is_refused(seconds: list[float]) -> None:
+    with pytest.raises(ValueError, match="need 5 above 0 s"):
+        Roofline.fit(range(1, len(seconds) + 1), [0] * len(seconds), seconds)
+
+
+def test_half_the_sm_clock_lengthens_compute_bound_steps_only() -> None:
+    full = StepTimeModel(make_profile())
+    half = StepTimeModel(make_profile(), Clocks(DeviceState(compute_scale=0.5)))
+    assert half.verify_s(128, 100) > 1.8 * full.verify_s(128, 100)
+    assert half.verify_s(1, 100) < 1.02 * full.verify_s(1, 100)
+
+
+def test_half_the_memory_clock_lengthens_memory_bound_steps_only() -> None:
+    full = StepTimeModel(make_profile())
+    half = StepTimeModel(make_profile(), Clocks(DeviceState(memory_scale=0.5)))
+    assert half.verify_s(1, 100) > 1.8 * full.verify_s(1, 100)
+    assert half.verify_s(128, 100) < 1.05 * full.verify_s(128, 100)
+
+
+@pytest.mark.parametrize("name", ["compute_scale", "memory_scale", "kv_headroom"])
+def test_a_scale_of_nothing_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is 0"):
+        DeviceState(**{name: 0.0})
+
+
+# -- staircase and correction ------------------------------------------------------------------
+
+
+def test_prediction_meets_the_measurements() -> None:
+    model = StepTimeModel(make_profile())
+    for sample in model_samples():
+        prompt = sample.num_tokens - sample.num_logit_rows
+        predicted = model.verify_s(sample.num_tokens, sample.context_tokens, prompt)
+        assert predicted == pytest.approx(sample.seconds, rel=0.06)
+
+
+def model_samples() -> tuple[VerifySample, ...]:
+    return make_profile().verify
+
+
+def test_context_beyond_the_profile_is_priced_by_theory() -> None:
+    """A table that ends at 2048 must not price 8000 alike (D12)."""
+    model = StepTimeModel(make_profile())
+    truth = float(TRUTH(np.array([1]), 8000.0)[0])
+    assert model.verify_s(1, 8000) == pytest.approx(truth, rel=0.1)
+    assert model.verify_s(1, 8000) > model.verify_s(1, 2048)
+
+
+@given(st.integers(1, 60), st.integers(0, 60), st.integers(0, 5000))
+def test_more_tokens_never_take_less_time(num_tokens: int, num_more: int, context: int) -> None:
+    curve = StepTimeModel(make_profile()).verify_curve(num_tokens, num_more, context)
+    assert len(curve) == num_more + 1
+    assert (np.diff(curve) >= 0).all()
+
+
+def test_an_outlier_among_the_sizes_does_not_lift_the_larger_ones() -> None:
+    """A single slow measurement at one token made everything up to eight look as slow."""
+    assert lower_envelope(np.array([9.0, 3.0, 4.0, 8.0, 6.0])).tolist() == [3, 3, 4, 6, 6]
+
+
+def test_draft_time_counts_forwards_rows_catch_up_and_context() -> None:
+    model = StepTimeModel(make_profile())
+    assert model.draft_s([]) == 0.0
+    truth = 3e-4 + 3 * 4e-4 + (4 + 4 + 2) * (1e-5 + 500 * 1e-8)
+    assert model.draft_s([4, 4, 2], 4, 4 * 500) == pytest.approx(truth, rel=0.1)
+    assert model.draft_s([1], 101, 500) > model.draft_s([1], 1, 500) + 1e-3
+
+
+def test_a_slowed_engine_is_noticed() -> None:
+    model = StepTimeModel(make_profile())
+    before = model.verify_s(8, 100)
+    for _ in range(40):
+        model.observe_verify(8, model.verify_s(8, 100), 2.0 * before)
+    assert model.verify_s(8, 100) == pytest.approx(2.0 * before, rel=0.1)
+    assert model.verify_s(64, 100) > 1.5 * StepTimeModel(make_profile()).verify_s(64, 100)
+    assert model.verify_error()[1] > 0.3
+
+
+def test_an_outlier_moves_little() -> None:
+    correction = Correction()
+    correction.observe(8, predicted=0.02, measured=2.0)
+    assert float(correction.factor(np.array([8.0]))[0]) < 1.1
+    assert correction.factor_of(8) == pytest.approx(float(correction.factor(np.array([8.0]))[0]))
+
+
+def test_no_time_at_all_says_nothing() -> None:
+    correction = Correction()
+    correction.observe(8, predicted=0.02, measured=0.0)
+    assert correction.factor_of(8) == 1.0
+
+
+# -- the profile -------------------------------------------------------------------------------
+
+
+def test_profile_loads_back_equal(tmp_path: Path) -> None:
+    profile = make_profile()
+    profile.save(tmp_path / "deep" / "profile.json")
+    assert Profile.load(tmp_path / "deep" / "profile.json") == profile
+
+
+@pytest.mark.parametrize("marks", [{"device": "another"}, {}, {"device": "test", "engine": "x"}])
+def test_a_profile_of_something_else_is_refused(marks: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="run `specserve profile` again"):
+        make_profile().check(marks)
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"format": 2}', '{"format": 1, "verify": []}'])
+def test_a_broken_profile_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="profile"):
+        Profile.load(path)
+
+
+# -- the optimum -------------------------------------------------------------------------------
+
+ROWS = st.lists(st.lists(st.floats(0.0, 1.0), max_size=3), min_size=1, max_size=3)
+
+
+@given(ROWS, st.lists(st.floats(0.001, 5.0), min_size=10, max_size=10), st.floats(0.0, 3.0))
+def test_selection_is_the_best_of_all_prefix_closed_subsets(
+    acceptances: list[list[float]], steps: list[float], spent_s: float
+) -> None:
+    """On any staircase, not only on smooth curves (D3, D5)."""
+    survivals = [np.cumprod(row).tolist() for row in acceptances]
+    verify_s = np.cumsum(steps).tolist()
+    gains = sorted((s for row in survivals for s in row), reverse=True)
+    found = best_total(gains, float(len(survivals)), verify_s, spent_s)
+    every = itertools.product(*(range(len(row) + 1) for row in survivals))
+    best = max(
+        (len(lengths) + sum(sum(row[:n]) for row, n in zip(survivals, lengths, strict=True)))
+        / (spent_s + verify_s[sum(lengths)])
+        for lengths in every
+    )
+    assert found.rate == pytest.approx(best, rel=1e-9)
+
+
+def test_selection_crosses_a_dip_of_the_staircase() -> None:
+    """D5: three rows of acceptance .8; common lengths give .482 at 1, a dip, and .536 at 4."""
+    graph = {4: 10.0, 8: 11.0, 16: 18.0, 32: 30.0}
+    verify_s = [next(t for size, t in graph.items() if 3 + m <= size) for m in range(25)]
+    rates = []
+    for k in range(6):
+        gains = sorted((0.8**j for j in range(1, k + 1) for _ in range(3)), reverse=True)
+        rates.append(best_total(gains, 3.0, verify_s, 0.2 * k).rate)
+    assert rates[:2] == pytest.approx([0.3, 0.482], abs=1e-3)
+    assert rates[4] > 0.536, "verifying all twelve is one of the totals"
+    assert max(rates) > 0.58, "five tokens of eight slots, which no common length finds"
