@@ -7,7 +7,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from python_backend import log
-from python_backend.call import decode_text
+from python_backend.reader import decode_text
 from specserve.config import load_config
 from specserve.text import load_tokenizer
 

@@ -15,7 +15,8 @@ import pytest
 from conftest import make_scheduler
 from tokenizers import Tokenizer
 
-from python_backend.call import DRAFT_SOURCES, Call, CallParser, decode_text
+from python_backend.call import DRAFT_SOURCES, Call, CallParser
+from python_backend.reader import decode_text
 from python_backend.tensors import INPUTS, TensorSpec
 from specserve.config import Config, LimitsConfig, ServerConfig
 from specserve.request import SLO
