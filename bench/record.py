@@ -13,6 +13,19 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def _commit() -> str:
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False
+        ).stdout.strip()
+
+    dirty = "-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + dirty
+
+
+COMMIT = _commit()  # of the code that runs, not of what is there when it ends
+
+
 def context() -> dict[str, Any]:
     """Describe where and how this benchmark runs."""
     return {
@@ -22,7 +35,7 @@ def context() -> dict[str, Any]:
             "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30),
             "python": platform.python_version(),
         },
-        "commit": _commit(),
+        "commit": COMMIT,
         "command": " ".join(["python", *sys.orig_argv[1:]]),
         "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -43,13 +56,3 @@ def _cpu_name() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()
-
-
-def _commit() -> str:
-    def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False
-        ).stdout.strip()
-
-    dirty = "-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
-    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + dirty

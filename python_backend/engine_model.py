@@ -2,6 +2,7 @@
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from specserve.engines import wire
 logger = logging.getLogger(__name__)
 
 
-class _EngineModel:
+class _EngineModel(ABC):
     """What both roles share: one ragged step per call, errors answered, time measured inside."""
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -34,9 +35,9 @@ class _EngineModel:
             logger.exception("engine call failed")
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
 
+    @abstractmethod
     def run(self, arrays: wire.Arrays) -> wire.Arrays:
         """Decode, run, encode."""
-        raise NotImplementedError
 
 
 class DraftModel(_EngineModel):
