@@ -4,8 +4,8 @@ Method: one pair of engines in this process, a closed loop of `concurrency` requ
 length, greedy, held-out prompts, measured while the loop is full. Counted are the steps in which
 every row decodes; the rate with prompt processing stands beside it. Every policy runs on the same
 step loop, prompts and clock; rounds interleave the policies in random order, so that a slow moment
-of the machine hits all alike. Policies keep what they learn from round to round; the first round
-only warms up. `--engine simulated` replays a recorded acceptance process in virtual time instead.
+of the machine hits all alike. Policies keep what they learn from round to round; the first rounds
+only warm up (adaptive_verification takes 300 steps for that). `--engine simulated` replays a recorded acceptance process in virtual time instead.
 
 Example: python -m bench.policies --concurrency 1 2 4 8 16
          python -m bench.policies --engine simulated
@@ -178,7 +178,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--engine", choices=["openvino", "simulated"], default="openvino")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--rounds", type=int, default=4, help="the first one warms up")
+    parser.add_argument("--rounds", type=int, default=3, help="counted")
+    parser.add_argument("--warmup-rounds", type=int, default=1, help="before them, not counted")
     parser.add_argument("--requests", type=int, default=3, help="per row and round")
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--engines", default=str(ROOT / "build" / "bench_target"))
@@ -222,13 +223,14 @@ def _column(bench: Bench, concurrency: int, options: argparse.Namespace) -> dict
     """Measure all policies at one load, interleaved."""
     policies = {arm: bench.policy(arm) for arm in options.arms}
     cells = {arm: Cell() for arm in options.arms}
+    rounds = options.warmup_rounds + options.rounds
     with Progress(transient=True) as progress:
-        task = progress.add_task(f"concurrency {concurrency}", total=options.rounds * len(cells))
-        for round_ in range(options.rounds):
+        task = progress.add_task(f"concurrency {concurrency}", total=rounds * len(cells))
+        for round_ in range(rounds):
             order = random.Random(round_).sample(options.arms, len(options.arms))
             for arm in order:
                 run = bench.run(*policies[arm], concurrency, options, seed=round_)
-                if round_:
+                if round_ >= options.warmup_rounds:
                     cells[arm].add(run)
                 progress.advance(task)
     return cells
