@@ -5,7 +5,8 @@ length, greedy, held-out prompts, measured while the loop is full. Counted are t
 every row decodes; the rate with prompt processing stands beside it. Every policy runs on the same
 step loop, prompts and clock; rounds interleave the policies in random order, so that a slow moment
 of the machine hits all alike. Policies keep what they learn from round to round; the first rounds
-only warm up (adaptive_verification takes 300 steps for that). `--engine simulated` replays a recorded acceptance process in virtual time instead.
+only warm up (adaptive_verification takes 300 steps for that). `--engine simulated` replays a
+recorded acceptance process in virtual time instead.
 
 Example: python -m bench.policies --concurrency 1 2 4 8 16
          python -m bench.policies --engine simulated
