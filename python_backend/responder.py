@@ -9,9 +9,10 @@ from collections.abc import Callable
 import triton_python_backend_utils as pb_utils
 
 from python_backend.reply import Reply
+from specserve.admission import Rejected
 from specserve.loop import Loop
 from specserve.request import FinishReason, Request
-from specserve.scheduler import Rejected, StepOutput
+from specserve.scheduler import StepOutput
 
 logger = logging.getLogger(__name__)
 

@@ -4,9 +4,10 @@ import logging
 import threading
 from collections.abc import Callable
 
+from specserve.admission import Rejected
 from specserve.core import SpecServe
 from specserve.request import FinishReason, Request
-from specserve.scheduler import Rejected, StepOutput
+from specserve.scheduler import StepOutput
 
 logger = logging.getLogger(__name__)
 

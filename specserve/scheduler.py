@@ -8,6 +8,7 @@ from bisect import insort
 from collections import deque
 from dataclasses import dataclass
 
+from specserve.admission import Admission
 from specserve.batch import Batch, Draft, Row, Verified
 from specserve.block_manager import BlockManager
 from specserve.config import SchedulerConfig, SLOConfig
@@ -25,10 +26,6 @@ class StepOutput:
     token_ids: list[int]
     log_probs: list[float]
     finish_reason: FinishReason | None
-
-
-class Rejected(Exception):
-    """A request that would miss its objective, refused before any work; the text is for clients."""
 
 
 class Scheduler:
@@ -64,14 +61,22 @@ class Scheduler:
         self.config = config
         self.blocks = blocks
         self.policy = policy
-        self.pacer: Pacer | None = None
-        self.slo = slo or SLOConfig()
+        self.admission = Admission(config, blocks, slo or SLOConfig())
         self.max_draft_tokens = max_draft_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._requests: dict[int, Request] = {}
         self._released: list[int] = []
         self.num_preemptions = 0
+
+    @property
+    def pacer(self) -> Pacer | None:
+        """What paces prompts and predicts waits; None before there is a predictor."""
+        return self.admission.pacer
+
+    @pacer.setter
+    def pacer(self, pacer: Pacer | None) -> None:
+        self.admission.pacer = pacer
 
     # -- requests in and out -------------------------------------------------------------------
 
@@ -83,57 +88,13 @@ class Scheduler:
             Rejected: if it would be late and its class wants to be told early.
         """
         self.check(request)
-        self._reject_late(request, now)
+        self.admission.reject_late(request, self.waiting, self.running, now)
         self._requests[request.key] = request
-        insort(self.waiting, request, key=self._deadline_s)
-
-    def _deadline_s(self, request: Request) -> float:
-        """Return when the first token is due; who has been preempted comes before everybody."""
-        if request.num_preemptions:
-            return float("-inf")
-        ttft_s = request.slo.ttft_s
-        return request.arrival_s + (self.slo.best_effort_ttft_s if ttft_s is None else ttft_s)
-
-    def _reject_late(self, request: Request, now: float) -> None:
-        ttft_s = request.slo.ttft_s
-        if (
-            self.pacer is None
-            or ttft_s is None
-            or request.priority_class not in self.slo.reject_late_classes
-        ):
-            return
-        deadline_s = self._deadline_s(request)
-        predicted_s = self.pacer.predicted_ttft_s(
-            request,
-            ahead=[other for other in self.waiting if self._deadline_s(other) <= deadline_s],
-            running=self.running,
-            chunk=self.config.prefill_chunk_tokens,
-            num_free_rows=self.config.max_num_seqs - len(self.running),
-        )
-        if now - request.arrival_s + predicted_s > ttft_s:
-            raise Rejected(
-                f"the first token is predicted in {predicted_s * 1e3:.0f} ms, later than "
-                f"slo_ttft_ms {ttft_s * 1e3:g}: try again in {(predicted_s - ttft_s) * 1e3:.0f} ms"
-            )
+        insort(self.waiting, request, key=self.admission.deadline_s)
 
     def check(self, request: Request) -> None:
-        """Refuse a request that could never run, as `submit` does."""
-        total = request.num_prompt_tokens + request.max_tokens
-        if request.num_prompt_tokens == 0:
-            raise ValueError("text_input is empty: the prompt needs at least one token")
-        if request.max_tokens < 1:
-            raise ValueError(f"max_tokens is {request.max_tokens}: must be at least 1")
-        if total > self.config.max_seq_len:
-            raise ValueError(
-                f"prompt ({request.num_prompt_tokens} tokens) + max_tokens ({request.max_tokens}) "
-                f"= {total} exceeds the limit of {self.config.max_seq_len}: shorten one of them"
-            )
-        if self.blocks.blocks_for(total) > self.blocks.num_blocks:
-            limit = self.blocks.num_blocks * self.blocks.block_size
-            raise ValueError(
-                f"prompt + max_tokens = {total} tokens can never fit the KV cache of {limit} "
-                "tokens: shorten one of them, or raise scheduler.kv_cache_tokens"
-            )
+        """Refuse a request that could never run, as `submit` does; from any thread."""
+        self.admission.check(request)
 
     def abort(self, key: int, reason: FinishReason = FinishReason.CANCELLED) -> Request | None:
         """End a request from outside and free its memory; None if it is not here any more."""

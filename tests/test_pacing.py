@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from test_predictor import make_profile
 
+from specserve.admission import Rejected
 from specserve.block_manager import BlockManager
 from specserve.config import SchedulerConfig, SLOConfig
 from specserve.pacing import MIN_CHUNK, Pacer, owed_tokens, slack_s
 from specserve.policies.fixed import FixedPolicy
 from specserve.predictor.step_time import StepTimeModel
 from specserve.request import SLO, FinishReason, Request
-from specserve.scheduler import Rejected, Scheduler
+from specserve.scheduler import Scheduler
 
 
 def decoding(
