@@ -17,10 +17,12 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from build_engines import bench_target as bench
+from build_engines import gpu_pair as gpu
 from build_engines import inflate as inflating
 from build_engines import measure as measuring
 from build_engines import openvino as ir
 from build_engines import pair as pairs
+from build_engines import torch as checkpoints
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 Folder = Annotated[Path, typer.Option(file_okay=False)]
@@ -39,15 +41,24 @@ def openvino(
 
 
 @app.command()
+def torch(checkpoint: Folder, output: Folder, overwrite: Overwrite = False) -> None:
+    """Make a checkpoint an engine folder for torch, in its own precision; it may be the output."""
+    manifest = checkpoints.build(checkpoint, output, overwrite=overwrite)
+    checkpoints.check_forward(output)
+    print(f"{output}: {manifest.num_parameters / 1e6:.1f}M parameters, runs")
+
+
+@app.command()
 def pair(
     target: Folder,
     draft: Folder,
     output: Folder,
     precision: Precision = "bf16",
     overwrite: Overwrite = False,
+    engine: Annotated[str, typer.Option(help=f"one of {', '.join(pairs.BUILDERS)}")] = "openvino",
 ) -> None:
     """Export a target and a draft that share their vocabulary to a pair folder."""
-    pairs.build(target, draft, output, precision=precision, overwrite=overwrite)
+    pairs.build(target, draft, output, precision=precision, overwrite=overwrite, engine=engine)
     print(f"{output}: target and draft fit each other and run")
 
 
@@ -72,6 +83,12 @@ def inflate(
 def bench_target(output: Folder = Path("build/bench_target")) -> None:
     """Build the 0.4 G benchmark pair from the demo pair, unless it is there."""
     print(f"{output}: {'built' if bench.build(output) else 'up to date'}")
+
+
+@app.command()
+def gpu_pair(output: Folder = Path("build/gpu_pair")) -> None:
+    """Build the 7 B and 0.2 B benchmark pair for torch from the demo pair, unless it is there."""
+    print(f"{output}: {'built' if gpu.build(output) else 'up to date'}")
 
 
 @app.command()

@@ -14,17 +14,21 @@ random weights and end in zeros of o_proj and down_proj, so they cost their time
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 import shutil
+import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from build_engines.checkpoint import TOKENIZER_FILE, Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
-    from transformers import LlamaForCausalLM
+    from torch import Generator, Tensor, dtype, nn
+    from transformers import LlamaConfig, LlamaForCausalLM
 
 TOLERANCE = 1e-3
 CHECK_TOKENS = 64
@@ -54,6 +58,8 @@ def build(
 ) -> float:
     """Write the inflated checkpoint, in the type of the old one, and compare the two.
 
+    The model is made while it runs, a layer at a time, so it may be larger than the memory.
+
     Returns:
         The largest difference of a logit between the two as stored, both computed in f32.
 
@@ -71,19 +77,23 @@ def build(
 
     small = LlamaForCausalLM.from_pretrained(checkpoint.path, local_files_only=True)
     stored = small.dtype
-    big = inflate(small.float(), shape)
-    for weight in big.parameters():  # not big.to(stored), which would round the rotary table too
-        weight.data = weight.data.to(stored).float()
     ids = torch.randint(small.config.vocab_size, (1, CHECK_TOKENS), generator=_generator())
-    difference = max_difference(small, big, ids)
-    if difference > tolerance:
-        raise ValueError(
-            f"logits differ by {difference:.2g}, more than {tolerance:.2g}: choose a hidden size "
-            f"that is {checkpoint.hidden_size} times a power of four, or raise the tolerance"
-        )
-    big.to(stored).save_pretrained(output)
-    for name in (TOKENIZER_FILE, "tokenizer_config.json"):
-        shutil.copyfile(checkpoint.path / name, output / name)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
+        folder = Path(scratch) / "checkpoint"
+        folder.mkdir()
+        with torch.no_grad():
+            logits = inflate(small.float(), shape, folder, stored, ids)
+            difference = float((small(ids).logits - logits).abs().max())
+        if difference > tolerance:
+            raise ValueError(
+                f"logits differ by {difference:.2g}, more than {tolerance:.2g}: choose a hidden "
+                f"size that is {checkpoint.hidden_size} times a power of four, or raise the "
+                "tolerance"
+            )
+        for name in (TOKENIZER_FILE, "tokenizer_config.json"):
+            shutil.copyfile(checkpoint.path / name, folder / name)
+        os.replace(folder, output)
     return difference
 
 
@@ -113,16 +123,106 @@ def check_shape(checkpoint: Checkpoint, shape: Shape) -> None:
             f"heads / kv_heads is {shape.heads} / {shape.kv_heads}, must stay at "
             f"{old.heads} / {old.kv_heads}: heads would read another head's keys"
         )
+    if shape.hidden % shape.heads:
+        raise ValueError(f"hidden is {shape.hidden}, must be a multiple of the {shape.heads} heads")
 
 
-def inflate(small: LlamaForCausalLM, shape: Shape) -> LlamaForCausalLM:
-    """Make a model of `shape` with the logits of `small`, in f32."""
+def inflate(
+    small: LlamaForCausalLM, shape: Shape, folder: Path, stored: dtype, ids: Tensor
+) -> Tensor:
+    """Write a model of `shape` with the logits of `small`, and run it.
+
+    Args:
+        small: in f32.
+        folder: gets config and weights, one file for each part of the model.
+        stored: type of the weights there.
+        ids: [1, n].
+
+    Returns:
+        Logits [1, n, vocab_size] of the model as stored, in f32.
+    """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    old = small.config
-    ratio = old.hidden_size / shape.hidden
-    config = LlamaConfig(
+    config = _inflated_config(small.config, shape)
+    with torch.device("meta"):
+        big = LlamaForCausalLM(config).eval()
+    big.model.rotary_emb = LlamaRotaryEmbedding(config)
+    writer = _Writer(small, folder, stored, small.config.hidden_size / shape.hidden)
+    for name, part in big.named_modules():
+        if part in (big.model.embed_tokens, *big.model.layers, big.model.norm, big.lm_head):
+            is_tied = part is big.lm_head and config.tie_word_embeddings
+            part.register_forward_pre_hook(partial(writer.make, name, not is_tied))
+            part.register_forward_hook(_free)
+    logits: Tensor = big(ids).logits
+    writer.finish()
+    config.architectures, config.dtype = ["LlamaForCausalLM"], stored
+    config.save_pretrained(folder)
+    small.generation_config.save_pretrained(folder)
+    return logits
+
+
+class _Writer:
+    """Makes the weights of each part of a model just before it runs, and stores them."""
+
+    def __init__(self, small: LlamaForCausalLM, folder: Path, stored: dtype, ratio: float) -> None:
+        self._old = small.state_dict()
+        self._folder = folder
+        self._stored = stored
+        self._ratio = ratio
+        self._generator = _generator()
+        self._file_of: dict[str, str] = {}
+        self._num_bytes = 0
+
+    def make(self, name: str, is_stored: bool, part: nn.Module, _: Any) -> None:
+        """Fill a part that has no memory yet."""
+        from safetensors.torch import save_file
+
+        weights = {
+            key: self._inflated(f"{name}.{key}", weight.shape).to(self._stored)
+            for key, weight in part.state_dict().items()
+        }
+        if is_stored:
+            file = f"model-{name}.safetensors"
+            save_file(
+                {f"{name}.{key}": weight for key, weight in weights.items()},
+                self._folder / file,
+                metadata={"format": "pt"},
+            )
+            self._file_of |= {f"{name}.{key}": file for key in weights}
+            self._num_bytes += sum(weight.nbytes for weight in weights.values())
+        part.load_state_dict({k: w.float() for k, w in weights.items()}, assign=True)
+
+    def finish(self) -> None:
+        """Write the index of the files."""
+        index = {"metadata": {"total_size": self._num_bytes}, "weight_map": self._file_of}
+        path = self._folder / "model.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+    def _inflated(self, name: str, shape: Any) -> Tensor:
+        import torch
+
+        weight = torch.empty(shape)
+        _fill(name, weight, self._generator)
+        part = self._old.get(name)
+        if part is None:
+            return weight
+        if part.dim() == 1:
+            weight[: len(part)] = part * math.sqrt(self._ratio)
+        else:
+            weight[: part.shape[0], : part.shape[1]] = part
+        return weight
+
+
+def _free(part: nn.Module, *_: Any) -> None:
+    part.to("meta")
+
+
+def _inflated_config(old: LlamaConfig, shape: Shape) -> LlamaConfig:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
         **{
             **old.to_dict(),
             "hidden_size": shape.hidden,
@@ -130,31 +230,9 @@ def inflate(small: LlamaForCausalLM, shape: Shape) -> LlamaForCausalLM:
             "num_attention_heads": shape.heads,
             "num_key_value_heads": shape.kv_heads,
             "intermediate_size": shape.ffn,
-            "rms_norm_eps": old.rms_norm_eps * ratio,
+            "rms_norm_eps": old.rms_norm_eps * old.hidden_size / shape.hidden,
         }
     )
-    big = LlamaForCausalLM(config).float().eval()
-    generator = _generator()
-    weights, old_weights = big.state_dict(), small.state_dict()
-    with torch.no_grad():
-        for name, weight in weights.items():
-            _fill(name, weight, generator)
-            if name not in old_weights:
-                continue
-            part = old_weights[name]
-            if part.dim() == 1:
-                weight[: len(part)] = part * math.sqrt(ratio)
-            else:
-                weight[: part.shape[0], : part.shape[1]] = part
-    return big
-
-
-def max_difference(small: LlamaForCausalLM, big: LlamaForCausalLM, ids: Tensor) -> float:
-    """Compare logits on some token ids [1, n]."""
-    import torch
-
-    with torch.no_grad():
-        return float((small(ids).logits - big(ids).logits).abs().max())
 
 
 def _fill(name: str, weight: Tensor, generator: Generator) -> None:

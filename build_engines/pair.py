@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from build_engines import openvino
 from build_engines.checkpoint import open_checkpoint
 from specserve import manifest as manifests
 
 ROLES = ("target", "draft")
+BUILDERS = {"openvino": "build_engines.openvino", "torch": "build_engines.torch"}
 
 
 def build(
@@ -18,22 +20,27 @@ def build(
     *,
     precision: str,
     overwrite: bool = False,
+    engine: str = "openvino",
 ) -> None:
     """Write `target/` and `draft/` below the output folder, then check them.
+
+    Args:
+        precision: of the stored weights; torch keeps the checkpoint's own.
+        engine: an entry of BUILDERS.
 
     Raises:
         ValueError: before any export if the two cannot speculate together or cannot be built; after
             it if an engine's logits are not what they must be.
     """
-    output = Path(output_dir)
+    output, builder = Path(output_dir), _builder(engine)
     checkpoints = {"target": open_checkpoint(target_dir), "draft": open_checkpoint(draft_dir)}
-    plans = {role: openvino.describe(c, precision, role) for role, c in checkpoints.items()}
+    plans = {role: builder.describe(c, precision, role) for role, c in checkpoints.items()}
     manifests.check_pair(draft=plans["draft"], target=plans["target"])
     for role, checkpoint in checkpoints.items():
-        openvino.check_request(checkpoint, output / role, precision=precision, overwrite=overwrite)
+        builder.check_request(checkpoint, output / role, precision=precision, overwrite=overwrite)
     for role, checkpoint in checkpoints.items():
         print(f"{role}: {checkpoint.path} -> {output / role}", flush=True)
-        openvino.build(checkpoint.path, output / role, precision=precision, overwrite=overwrite)
+        builder.build(checkpoint.path, output / role, precision=precision, overwrite=overwrite)
     check(output)
 
 
@@ -47,4 +54,10 @@ def check(pair_dir: str | Path) -> None:
     draft, target = manifests.load(folders["draft"]), manifests.load(folders["target"])
     manifests.check_pair(draft=draft, target=target)
     for folder in folders.values():
-        openvino.check_forward(folder)
+        _builder(target.engine).check_forward(folder)
+
+
+def _builder(engine: str) -> Any:
+    if engine not in BUILDERS:
+        raise ValueError(f"engine is {engine!r}, must be one of {', '.join(BUILDERS)}")
+    return import_module(BUILDERS[engine])

@@ -2,17 +2,20 @@
 
 Plain numpy on the rows that need it. Losslessness rests on two facts:
 
-* Output position i of a request always uses the i-th uniform of its seed, however the tokens are
-  grouped into steps. A draft token is accepted iff it is the token that this uniform draws from the
-  target's distribution. For a draft that is a point mass this is rejection sampling exactly
-  (Leviathan et al. 2023, arXiv 2211.17192): it is accepted with probability target(x), and what
-  replaces it is drawn from target without x, renormalised. Beyond the distribution, the very same
-  text comes out with and without speculation.
+* What comes out is what the target draws itself: output position i of a request always uses the
+  i-th noise of its seed, however the tokens are grouped into steps, and a draft token is accepted
+  iff it is the token that this noise draws from the target's distribution. So no draft and no
+  selection can change the output: the very same text comes out with and without speculation.
+  For a draft that is a point mass this is rejection sampling (Leviathan et al. 2023, arXiv
+  2211.17192). A sampled draft is drawn with the target's own noise, so that both mostly draw the
+  same: it is accepted with at least (1 - d) / (1 + d), d the total variation distance of the two
+  distributions, where rejection sampling has 1 - d (Daliri et al. 2024, arXiv 2408.07978).
 * Every draft position is conditioned on the draft tokens before it, in penalties, bad words and
   `min_tokens` too.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,21 +26,29 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 
-class Uniforms:
-    """The random numbers of one request: number i is a function of the seed and i alone."""
+class Noise:
+    """The random numbers of all requests: those of a position are a function of seed and position.
 
-    CHUNK = 256
+    One exponential number per token. Whoever needs them makes them again: they cost less than the
+    cumulative distribution that a single uniform would need.
+    """
 
-    def __init__(self, seed: int) -> None:
-        self._generator = np.random.Generator(np.random.Philox(key=seed))
-        self._values = np.empty(0)
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._philox = np.random.Philox(key=0)
+        self._generator = np.random.Generator(self._philox)
+        self._state: Any = self._philox.state
 
-    def __getitem__(self, interval: slice) -> NDArray[np.float64]:
-        """Return numbers [start, stop) in [0, 1)."""
-        while len(self._values) < interval.stop:
-            more = self._generator.random(self.CHUNK)
-            self._values = np.concatenate([self._values, more])
-        return self._values[interval]
+    def rows(self, seed: int, start: int, stop: int) -> NDArray[np.float64]:
+        """Return [stop - start, vocab_size] of output positions [start, stop), above 0."""
+        noise = np.empty((stop - start, self._vocab_size))
+        for row, position in zip(noise, range(start, stop), strict=True):
+            self._state["state"]["key"][0] = seed
+            self._state["state"]["counter"][:] = (0, position, 0, 0)
+            self._philox.state = self._state
+            self._generator.standard_exponential(out=row)
+        noise += np.finfo(np.float64).tiny
+        return noise
 
 
 def adjust_logits(
@@ -70,9 +81,7 @@ def adjust_logits(
     return logits
 
 
-def target_probs(
-    logits: Floats, temperature: Floats, min_p: Floats, top_k: Ints, top_p: Floats
-) -> Floats:
+def target_probs(logits: Floats, params: Sequence[SamplingParams]) -> Floats:
     """Turn adjusted logits into the distributions that tokens are drawn from.
 
     Filters apply in the order min-p, top-k, top-p, each to what the one before left, renormalised;
@@ -80,14 +89,18 @@ def target_probs(
 
     Args:
         logits: [n, vocab_size].
-        temperature: [n], above 0.
-        min_p: [n], 0 is off. Nguyen et al. 2024, arXiv 2407.01082.
-        top_k: [n], 0 is off.
-        top_p: [n], 1 is off. Holtzman et al. 2020, arXiv 1904.09751.
+        params: [n], none of them greedy.
 
     Returns:
         [n, vocab_size], rows sum to 1.
+
+    Source: min-p, Nguyen et al. 2024, arXiv 2407.01082; top-p, Holtzman et al. 2020, arXiv
+    1904.09751.
     """
+    temperature, min_p, top_p = np.array(
+        [(p.temperature, p.min_p, p.top_p) for p in params], dtype=np.float32
+    ).T
+    top_k = np.array([p.top_k for p in params], dtype=np.int64)
     shifted = logits - logits.max(axis=1, keepdims=True)
     coldest = np.float32(1e-30)  # below it, 0 / temperature would not be 0
     probs: Floats = np.exp(shifted / np.maximum(temperature, coldest)[:, None])
@@ -104,19 +117,34 @@ def target_probs(
     return probs
 
 
-def sample(probs: Floats, uniforms: NDArray[np.float64]) -> Ints:
-    """Draw one token per row by inverting its cumulative distribution.
+def sample(probs: Floats, noise: NDArray[np.float64]) -> Ints:
+    """Draw one token per row, the winner of an exponential race: argmin noise / probs.
 
     Args:
         probs: [n, vocab_size].
-        uniforms: [n] in [0, 1).
+        noise: [n, vocab_size], exponential, above 0.
 
     Returns:
         [n]; never a token of probability 0.
+
+    Source: the race is the Gumbel-max trick (Maddison et al. 2014, arXiv 1411.0030) in other words.
     """
-    cdf = np.cumsum(probs, axis=1, dtype=np.float64)
-    token_ids: Ints = (cdf <= (uniforms * cdf[:, -1])[:, None]).sum(axis=1)
+    token_ids: Ints = (probs / noise).argmax(axis=1)
     return token_ids
+
+
+def lead(probs: Floats, noise: NDArray[np.float64], token_ids: Ints) -> NDArray[np.float64]:
+    """Return by how much each winner leads the race, in [0, 1): 1 - runner-up / winner.
+
+    A sampled draft's confidence: the smaller the lead, the less it takes for the target to draw
+    another token. It reads the noise, which is no harm where the target draws for itself.
+    """
+    speed = probs / noise
+    rows = np.arange(len(speed))
+    best = speed[rows, token_ids]
+    speed[rows, token_ids] = 0.0
+    value: NDArray[np.float64] = 1.0 - speed.max(axis=1) / best
+    return value
 
 
 def agree(target_token_ids: Sequence[int], draft_token_ids: Sequence[int]) -> list[int]:

@@ -62,8 +62,9 @@ class SamplingParams:
             total[token_id] = total.get(token_id, 0.0) + bias
             if not (abs(total[token_id]) <= MAX_BIAS or total[token_id] == -math.inf):
                 raise ValueError(
-                    f"embedding_bias_weights add {total[token_id]} to token {token_id}: must be in "
-                    f"[-{MAX_BIAS:g}, {MAX_BIAS:g}], or -inf for never (100 all but decides)"
+                    f"embedding_bias_weights and logit_bias_values add {total[token_id]} to token "
+                    f"{token_id}: must be in [-{MAX_BIAS:g}, {MAX_BIAS:g}], or -inf for never "
+                    "(100 all but decides)"
                 )
 
     @property

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specserve.engines.paged_model import FlatBatch
-from specserve.sampling import Uniforms
+from specserve.sampling import Noise
 from specserve.sampling_params import SamplingParams
 
 Array = NDArray[np.float32]
@@ -142,14 +142,15 @@ def plain_decode(
     model: PagedLM, prompt: Sequence[int], max_tokens: int, params: SamplingParams
 ) -> list[int]:
     """Return what the model says, one token at a time and without a cache."""
-    uniforms = Uniforms(params.seed)
+    noise = Noise(model.vocab_size)
     token_ids = list(prompt)
     for i in range(max_tokens):
         logits = reference_logits(model.logits(token_ids), params, token_ids, len(prompt))
         if params.is_greedy:
             token_ids.append(max(range(len(logits)), key=logits.__getitem__))
         else:
-            token_ids.append(_invert(reference_probs(logits, params), uniforms[i : i + 1][0]))
+            times = noise.rows(params.seed, i, i + 1)[0].tolist()
+            token_ids.append(_first(reference_probs(logits, params), times))
         if token_ids[-1] == params.end_id:
             break
     return token_ids[len(prompt) :]
@@ -192,13 +193,10 @@ def reference_probs(logits: Sequence[float], params: SamplingParams) -> list[flo
     return [weights[i] / mass if i in nucleus else 0.0 for i in range(len(weights))]
 
 
-def _invert(probs: Sequence[float], uniform: float) -> int:
-    mass = 0.0
-    for token_id, prob in enumerate(probs):
-        mass += prob
-        if uniform < mass:
-            return token_id
-    raise AssertionError(f"{uniform} is not below {mass}")
+def _first(probs: Sequence[float], times: Sequence[float]) -> int:
+    """Return who arrives first, each of `times` divided by a speed."""
+    arrivals = [time / prob if prob else math.inf for time, prob in zip(times, probs, strict=True)]
+    return min(range(len(arrivals)), key=arrivals.__getitem__)
 
 
 def _hashes(token_ids: NDArray[np.int64]) -> NDArray[np.uint64]:

@@ -196,8 +196,10 @@ def test_inflated_layers_share_no_weight(checkpoint: Path, tmp_path: Path) -> No
     from torch import int16
 
     inflate.build(checkpoint, tmp_path / "big", inflate.Shape(128, 6, 8, 4, 96))
-    weights = load_file(tmp_path / "big" / "model.safetensors")
-    matrices = [v.view(int16).numpy().tobytes() for v in weights.values() if v.ndim == 2]
+    weights = [
+        w for file in (tmp_path / "big").glob("*.safetensors") for w in load_file(file).values()
+    ]
+    matrices = [w.view(int16).numpy().tobytes() for w in weights if w.ndim == 2]
     assert len(set(matrices)) == len(matrices)
 
 
@@ -207,6 +209,7 @@ def test_inflated_layers_share_no_weight(checkpoint: Path, tmp_path: Path) -> No
     [
         (inflate.Shape(16, 3, 8, 4, 96), "hidden is 16, must be 32 or more"),
         (inflate.Shape(128, 3, 8, 2, 96), "heads / kv_heads is 8 / 2, must stay at 4 / 2"),
+        (inflate.Shape(128, 3, 6, 3, 96), "hidden is 128, must be a multiple of the 6 heads"),
         (inflate.Shape(96, 3, 8, 4, 96), "choose a hidden size that is 32 times a power of four"),
     ],
 )

@@ -12,13 +12,15 @@ from conftest import ACCEPTANCE_TABLE
 from hypothesis import given
 from hypothesis import strategies as st
 from paged_lm import reference_logits, reference_probs
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
+from scipy.stats import chisquare, kstest
 
 from specserve import sampling
-from specserve.sampling import Uniforms
+from specserve.sampling import Noise
 from specserve.sampling_params import MAX_SEED, SamplingParams
 
 VOCAB_SIZE = 23
+FALSE_ALARM = 1e-6
 END_ID = 4
 
 
@@ -30,17 +32,7 @@ def random_logits(num_rows: int, seed: int = 0, spread: float = 3.0) -> sampling
 
 def probs_of(logits: sampling.Floats, *params: SamplingParams) -> sampling.Floats:
     """Return the distributions of rows, each with its own parameters."""
-
-    def column(name: str, kind: Any = np.float32) -> Any:
-        return np.array([getattr(p, name) for p in params], dtype=kind)
-
-    return sampling.target_probs(
-        logits,
-        temperature=column("temperature"),
-        min_p=column("min_p"),
-        top_k=column("top_k", np.int64),
-        top_p=column("top_p"),
-    )
+    return sampling.target_probs(logits, params)
 
 
 def adjusted(
@@ -226,51 +218,79 @@ def test_end_token_is_possible_from_min_tokens_on(num_output: int) -> None:
 # -- drawing -----------------------------------------------------------------------------------
 
 
-def test_uniforms_are_a_function_of_seed_and_index_alone() -> None:
-    together = Uniforms(42)[0:1000]
-    pieces, start = Uniforms(42), 0
-    for length in itertools.cycle([1, 3, 250, 7]):
-        stop = min(start + length, 1000)
-        assert (pieces[start:stop] == together[start:stop]).all()
+def test_noise_is_a_function_of_seed_and_position_alone() -> None:
+    together = Noise(17).rows(42, 0, 100)
+    noise, start = Noise(17), 0
+    for length in itertools.cycle([1, 3, 25, 7]):
+        stop = min(start + length, 100)
+        noise.rows(5, start, stop)  # another request's, in between
+        assert (noise.rows(42, start, stop) == together[start:stop]).all()
         start = stop
-        if start == 1000:
+        if start == 100:
             break
-    assert (pieces[10:20] == together[10:20]).all(), "an earlier interval may be asked for again"
+    assert (noise.rows(42, 10, 20) == together[10:20]).all(), "an earlier position may come again"
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2**32, MAX_SEED])
-def test_every_seed_has_uniforms_of_its_own(seed: int) -> None:
-    values = Uniforms(seed)[0:20000]
-    assert ((values >= 0) & (values < 1)).all()
-    assert values.mean() == pytest.approx(0.5, abs=0.01)  # 5 standard errors
-    assert not (values == Uniforms((seed + 1) % MAX_SEED)[0:20000]).any()
+@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63, MAX_SEED])
+def test_every_seed_has_noise_of_its_own(seed: int) -> None:
+    values = Noise(200).rows(seed, 0, 100)
+    assert (values > 0).all()
+    assert kstest(values.ravel(), "expon").pvalue > FALSE_ALARM
+    assert not (values == Noise(200).rows((seed + 1) % MAX_SEED, 0, 100)).any()
 
 
-def test_uniforms_of_neighbouring_seeds_are_independent() -> None:
-    first = np.array([Uniforms(seed)[0:2] for seed in range(2000)])
-    assert first.mean() == pytest.approx(0.5, abs=0.03)
+def test_noise_of_neighbouring_seeds_and_positions_is_independent() -> None:
+    noise = Noise(1)
+    first = np.array([noise.rows(seed, 0, 2)[:, 0] for seed in range(2000)])
     assert abs(np.corrcoef(first[:-1, 0], first[1:, 0])[0, 1]) < 0.12  # 5 standard errors
     assert abs(np.corrcoef(first[:, 0], first[:, 1])[0, 1]) < 0.12
 
 
 @given(
-    weights=st.lists(st.sampled_from([0.0, 1e-8, 0.1, 1.0]), min_size=1, max_size=20).filter(any),
-    uniform=st.sampled_from([0.0, 1e-12, 0.25, 0.5, 0.999, 1.0 - 2**-53]),
+    weights=st.lists(st.sampled_from([0.0, 1e-30, 1e-8, 0.1, 1.0]), min_size=1, max_size=20).filter(
+        any
+    ),
+    seed=st.integers(0, MAX_SEED),
 )
-def test_an_impossible_token_is_never_drawn(weights: list[float], uniform: float) -> None:
+def test_an_impossible_token_is_never_drawn(weights: list[float], seed: int) -> None:
     probs = np.array([weights], dtype=np.float32)
-    probs /= probs.sum()
-    token_id = sampling.sample(probs, np.array([uniform]))[0]
-    assert 0 <= token_id < len(weights)
+    token_id = sampling.sample(probs, Noise(len(weights)).rows(seed, 0, 1))[0]
     assert probs[0, token_id] > 0
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
-    """Even uniforms give even shares: no randomness, so no false alarm."""
-    probs = np.array([[0.1, 0.0, 0.6, 0.3]], dtype=np.float32)
-    uniforms = (np.arange(1000) + 0.5) / 1000
-    counts = np.bincount(sampling.sample(np.repeat(probs, 1000, axis=0), uniforms), minlength=4)
-    np.testing.assert_allclose(counts, [100, 0, 600, 300], atol=1)
+    probs = np.array([0.1, 0.0, 0.6, 0.3 - 1e-3, 1e-3], dtype=np.float32)
+    drawn = sampling.sample(np.tile(probs, (20000, 1)), Noise(5).rows(0, 0, 20000))
+    counts = np.bincount(drawn, minlength=5)
+    assert counts[1] == 0
+    assert chisquare(counts[probs > 0], 20000 * probs[probs > 0]).pvalue > FALSE_ALARM
+
+
+@given(seed=st.integers(0, MAX_SEED), spread=st.floats(0.1, 8.0))
+def test_the_lead_is_what_the_runner_up_lacks(seed: int, spread: float) -> None:
+    probs = softmax(random_logits(4, spread=spread), axis=1)
+    noise = Noise(probs.shape[1]).rows(seed, 0, 4)
+    token_ids = sampling.sample(probs, noise)
+    for row, times, winner, value in zip(
+        probs, noise, token_ids, sampling.lead(probs, noise, token_ids), strict=True
+    ):
+        fastest, second = sorted(times / row)[:2]
+        assert fastest == times[winner] / row[winner]
+        assert value == pytest.approx(1.0 - fastest / second, abs=1e-6)
+
+
+@pytest.mark.parametrize("distance", [0.0, 0.3, 1.0, 3.0])
+def test_two_that_draw_with_the_same_noise_mostly_draw_the_same(distance: float) -> None:
+    """At least (1 - d) / (1 + d) of the time, d the total variation distance (arXiv 2408.07978)."""
+    n = 4000
+    target = np.tile(random_logits(1, spread=2.0), (n, 1))
+    draft = target + distance * random_logits(1, spread=1.0)
+    probs = [softmax(logits, axis=1).astype(np.float32) for logits in (target, draft)]
+    noise = Noise(target.shape[1]).rows(3, 0, n)
+    same = (sampling.sample(probs[0], noise) == sampling.sample(probs[1], noise)).mean()
+    d = 0.5 * np.abs(probs[0][0] - probs[1][0]).sum()
+    assert same >= (1 - d) / (1 + d) - 5 * 0.5 / math.sqrt(n)
+    assert distance > 0 or same == 1.0
 
 
 # -- agreement and log-probabilities -----------------------------------------------------------

@@ -1,0 +1,55 @@
+"""Work of a few fixed sizes, replayed from CUDA graphs: one launch instead of a thousand."""
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+WARM_UPS = 2  # before a capture: kernels are compiled and libraries make their handles
+
+
+class Captured:
+    """A function of a size that works on tensors that never move.
+
+    Args:
+        function: must not wait for the device; captured, it may not look at a tensor's values.
+        sizes: rising; empty runs any size as it is.
+        device: graphs exist on CUDA only; elsewhere sizes are padded all the same.
+    """
+
+    def __init__(
+        self, function: Callable[[int], None], sizes: Sequence[int], device: torch.device
+    ) -> None:
+        self._function = function
+        self._sizes = sizes
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        if device.type == "cuda":
+            pool = torch.cuda.graph_pool_handle()
+            for size in reversed(sizes):  # the largest first: the others fit into its memory
+                self._graphs[size] = self._capture(size, pool)
+
+    def padded(self, size: int) -> int:
+        """Return the size that will run; the largest one if none is large enough."""
+        if not self._sizes:
+            return size
+        return self._sizes[min(bisect_left(self._sizes, size), len(self._sizes) - 1)]
+
+    def __call__(self, size: int) -> None:
+        """Run a padded size."""
+        if size in self._graphs:
+            self._graphs[size].replay()
+        else:
+            self._function(size)
+
+    def _capture(self, size: int, pool: Any) -> torch.cuda.CUDAGraph:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                self._function(size)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            self._function(size)
+        return graph

@@ -1,0 +1,226 @@
+"""Stop rules evaluated on the device, so that the draft loop does not come back to the host.
+
+The rules of `specserve.stop_rules` in PyTorch, on tensors that never move and shapes that depend on
+the number of rows only: a row that has stopped is masked, not dropped. What they decide is decided
+there; `tests/test_torch_stoppers.py` holds the two against each other.
+"""
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specserve.engines.torch.transfer import send
+from specserve.predictor.acceptance import EPS, NUM_JUDGE, NUM_SCOUT
+from specserve.stop_rules import StopRule, SurvivalRule, ValueRule, ValueStopper
+
+INF = float("inf")
+
+
+class Stopper(Protocol):
+    """One kind of rule, on the device.
+
+    Attributes:
+        waits: an evaluation needs the host, so it cannot be part of a CUDA graph.
+    """
+
+    waits: bool
+
+    def load(self, rule: Any) -> None:
+        """Begin a step with a rule for its rows."""
+
+    def goes_on(self, active: Tensor, confidences: Tensor) -> Tensor:
+        """Take the newest token's confidence of the active rows; say which draft another.
+
+        Args:
+            active: bool [n].
+            confidences: float64 [n].
+
+        Returns:
+            bool [n], of no meaning where a row is not active.
+        """
+
+
+class CapStopper:
+    """No rule: every row drafts up to its cap."""
+
+    waits = False
+
+    def load(self, rule: None) -> None:
+        """Nothing to load. See `Stopper`."""
+
+    def goes_on(self, active: Tensor, confidences: Tensor) -> Tensor:
+        """Stop nobody. See `Stopper`."""
+        return active
+
+
+class HostStopper:
+    """Any other rule, evaluated by itself on the host: one wait after every forward."""
+
+    waits = True
+
+    def load(self, rule: StopRule) -> None:
+        """Begin a step. See `Stopper`."""
+        self._stopper = rule.start()
+
+    def goes_on(self, active: Tensor, confidences: Tensor) -> Tensor:
+        """Ask the rule. See `Stopper`."""
+        is_active = active.cpu().numpy()
+        rows = np.flatnonzero(is_active)
+        on = np.zeros_like(is_active)
+        if len(rows):
+            on[rows] = self._stopper.goes_on(rows, confidences.cpu().numpy()[rows])
+        return send(on, active.device)
+
+
+class SurvivalStopper:
+    """`SurvivalRule`: stop below a calibrated survival."""
+
+    waits = False
+
+    def __init__(self, max_rows: int, device: torch.device) -> None:
+        self._rows = torch.zeros((2, max_rows), dtype=torch.float64, device=device)
+        self._min_survival, self._survival = self._rows
+        self._weights = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def load(self, rule: SurvivalRule) -> None:
+        """Begin a step. See `Stopper`."""
+        num_rows = len(rule.min_survival)
+        rows = np.stack([rule.min_survival, np.ones(num_rows)])
+        self._rows[:, :num_rows].copy_(send(rows, self._rows.device), non_blocking=True)
+        self._weights.copy_(send(rule.bias_slope, self._rows.device), non_blocking=True)
+
+    def goes_on(self, active: Tensor, confidences: Tensor) -> Tensor:
+        """Multiply survivals. See `Stopper`."""
+        survival = self._survival[: len(active)]
+        bias, slope = self._weights
+        accepted = _sigmoid(bias + slope * _logit(confidences))
+        survival *= torch.where(active, accepted, 1.0)
+        on: Tensor = survival >= self._min_survival[: len(active)]
+        return on
+
+
+class DeviceValueStopper:
+    """`ValueRule`: draft on while it raises the best predicted token rate of the step.
+
+    There is room for the gains of all rows at their caps, and of the two more tokens of each that
+    are looked ahead; a gain that is not there is -inf, and verifying it takes infinite time.
+
+    Args:
+        max_rows: of the step, whoever proposes for them.
+        max_draft_tokens: of a row.
+    """
+
+    waits = False
+
+    def __init__(self, max_rows: int, max_draft_tokens: int, device: torch.device) -> None:
+        self._device = device
+        num_gains = max_rows * (max_draft_tokens + 2)
+        self._sizes = [
+            max_rows * NUM_JUDGE, max_rows * NUM_SCOUT, 1, 1, 1, 1, *[max_rows] * 4, max_rows + 1,
+            num_gains, num_gains + 1 + ValueStopper.WINDOW,
+        ]  # fmt: skip
+        self._numbers = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
+        (
+            self._judge, self._scout, self._base_yield, self._spent_s, self._position,
+            self._num_verifiable, self._history, self._weight, self._survival, self._z,
+            self._forward_s, self._gains, self._verify_s,
+        ) = self._numbers.split(self._sizes)  # fmt: skip
+        self._judge = self._judge.view(max_rows, NUM_JUDGE)
+        self._scout = self._scout.view(max_rows, NUM_SCOUT)
+
+    def load(self, rule: ValueRule) -> None:
+        """Begin a step: all numbers in one copy. See `Stopper`."""
+        num_rows = len(rule.history)
+        parts: list[Any] = [
+            rule.judge, rule.scout, rule.base[:1], rule.base[1:2], [0.0],
+            [len(rule.verify_s) - 1.0], rule.history, rule.weight, np.ones(num_rows), [],
+            rule.forward_s, rule.gains, rule.verify_s,
+        ]  # fmt: skip
+        numbers = np.zeros(len(self._numbers))
+        numbers[-sum(self._sizes[-2:]) :] = -INF
+        numbers[-self._sizes[-1] :] = INF
+        begin = 0
+        for part, size in zip(parts, self._sizes, strict=True):
+            numbers[begin : begin + min(size, len(part))] = part[:size]
+            begin += size
+        self._numbers.copy_(send(numbers, self._device), non_blocking=True)
+
+    def goes_on(self, active: Tensor, confidences: Tensor) -> Tensor:
+        """Take the newest confidences, then compare the best rates ahead. See `Stopper`."""
+        n = len(active)
+        history, is_fixed = self._history[:n], torch.isinf(self._weight[:n])
+        weight = torch.where(is_fixed, 1.0, self._weight[:n])
+        survival, z = self._survival[:n], self._z[:n]
+
+        newest = _logit(confidences)
+        accepted = _judge(self._judge[:n].T, newest, self._position, history)
+        survival *= torch.where(active, accepted, 1.0)
+        z.copy_(torch.where(active, newest, z))
+        worth = survival * weight
+        gains = self._gains.copy_(_merged(self._gains, worth, active))
+        self._spent_s += self._forward_s.gather(0, active.sum().view(1))
+        self._position += 1
+
+        best, rate = self._best(gains, self._spent_s)
+        ahead = _scout(self._scout[:n].T, z, self._position, history)
+        next_worth = worth * ahead
+        keep = active & (next_worth >= self._bar(gains, best, rate))
+        forward_s = self._forward_s.gather(0, keep.sum().view(1))
+        one = _merged(gains, next_worth, keep)
+        two = _merged(one, next_worth * ahead, keep)
+        _, rate_of_one = self._best(one, self._spent_s + forward_s)
+        _, rate_of_two = self._best(two, self._spent_s + 2.0 * forward_s)
+        pays = (rate_of_one > rate) | (rate_of_two > rate)
+        on: Tensor = is_fixed | (keep & pays)
+        return on
+
+    def _best(self, gains: Tensor, spent_s: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the best total [1] and its rate [1]. See `specserve.optimum.best_total`."""
+        tokens = torch.cat([self._base_yield, self._base_yield + gains.clamp(min=0.0).cumsum(0)])
+        rates = tokens / (spent_s + self._verify_s[: len(tokens)])
+        rates[1:] = torch.where(torch.isinf(gains), -INF, rates[1:])
+        best = rates.argmax().view(1)
+        return best, rates.gather(0, best)
+
+    def _bar(self, gains: Tensor, best: Tensor, rate: Tensor) -> Tensor:
+        """Return what a row's next token must be worth."""
+        end = torch.minimum(best + ValueStopper.WINDOW, self._num_verifiable.long())
+        start = (end - ValueStopper.WINDOW).clamp(min=0)
+        rise = self._verify_s.gather(0, end) - self._verify_s.gather(0, start)
+        bar = ValueStopper.ROW_SHARE * rate * rise / (end - start).clamp(min=1)
+        least = gains.gather(0, (best - 1).clamp(min=0))
+        return torch.where(best > 0, torch.minimum(bar, least), bar)
+
+
+def _merged(gains: Tensor, more: Tensor, which: Tensor) -> Tensor:
+    """Add some gains, largest first, and drop the smallest ones: [m], [n] and bool [n] to [m]."""
+    merged = torch.cat([gains, torch.where(which, more, -INF)]).sort(descending=True).values
+    return merged[: len(gains)]
+
+
+def _logit(confidences: Tensor) -> Tensor:
+    c = confidences.clamp(EPS, 1.0 - EPS)
+    return torch.log(c / (1.0 - c))
+
+
+def _judge(weights: Tensor, z: Tensor, position: Tensor, history: Tensor) -> Tensor:
+    """See `acceptance.judge_features`; weights are [NUM_JUDGE, n]."""
+    w = weights
+    return _sigmoid(
+        w[0] + w[1] * z + w[2] * z.clamp(min=0.0) + w[3] * (0.1 * z * z) + w[4] * (0.25 * position)
+        + w[5] * history + w[6] * (history * z)
+    )  # fmt: skip
+
+
+def _scout(weights: Tensor, z: Tensor, position: Tensor, history: Tensor) -> Tensor:
+    """See `acceptance.scout_features`; weights are [NUM_SCOUT, n]."""
+    w = weights
+    return _sigmoid(
+        w[0] + w[1] * (position == 0) + w[2] * (0.25 * z) + w[3] * (0.1 * z * z) + w[4] * history
+    )
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    return torch.sigmoid(x.clamp(-30.0, 30.0))
