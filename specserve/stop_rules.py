@@ -102,12 +102,14 @@ class ValueRule:
     on while its next token is worth its verification; the batch, while a forward is worth its time.
 
     Attributes:
-        judge: [NUM_JUDGE] and scout: [NUM_SCOUT], weights of the acceptance models.
+        judge: [num_rows * NUM_JUDGE] and scout: [num_rows * NUM_SCOUT], each row's weights of the
+            acceptance models.
         history: [num_rows], the requests' acceptance against the mean.
         weight: [num_rows], worth of a token; infinite for a fixed length that ignores the rule.
         verify_s: [m + 1], seconds to verify with 0, ..., m draft tokens.
         forward_s: [num_rows + 1], seconds of a draft forward by the rows in it.
-        base: [3]: tokens of the step without drafts; seconds of a draft call before its first
+        gains: [n], worth of the draft tokens that are there without a forward, largest first.
+        base: [3]: worth of the step's tokens without drafts; seconds of a call before its first
             forward; 1 to draft a first token whatever it promises.
     """
 
@@ -118,6 +120,7 @@ class ValueRule:
     weight: Floats
     verify_s: Floats
     forward_s: Floats
+    gains: Floats
     base: Floats
 
     def start(self) -> "ValueStopper":
@@ -128,15 +131,17 @@ class ValueRule:
         """Return the rule for some of the rows."""
         rows = list(indices)
         return ValueRule(
-            self.judge, self.scout, self.history[rows], self.weight[rows],
-            self.verify_s, self.forward_s[: len(rows) + 1], self.base,
+            self.judge.reshape(-1, acceptance.NUM_JUDGE)[rows].ravel(),
+            self.scout.reshape(-1, acceptance.NUM_SCOUT)[rows].ravel(),
+            self.history[rows], self.weight[rows],
+            self.verify_s, self.forward_s[: len(rows) + 1], self.gains, self.base,
         )  # fmt: skip
 
     def encode(self) -> list[Floats]:
         """Return the rule's numbers."""
         return [
             self.judge, self.scout, self.history, self.weight,
-            self.verify_s, self.forward_s, self.base,
+            self.verify_s, self.forward_s, self.gains, self.base,
         ]  # fmt: skip
 
 
@@ -147,7 +152,9 @@ class ValueStopper:
     WINDOW = 4  # tokens over which the cost of one more is averaged: T is a staircase
 
     def __init__(self, rule: ValueRule) -> None:
-        self._rule = rule
+        self._judge = rule.judge.reshape(-1, acceptance.NUM_JUDGE)
+        self._scout = rule.scout.reshape(-1, acceptance.NUM_SCOUT)
+        self._history = rule.history
         self._base_yield, self._spent_s, self._is_forced = rule.base.tolist()
         self._fixed = np.isinf(rule.weight)
         self._weight = np.where(self._fixed, 1.0, rule.weight)
@@ -156,7 +163,7 @@ class ValueStopper:
         num_rows = len(rule.history)
         self._survival = np.ones(num_rows)
         self._z = np.zeros(num_rows)
-        self._gains: list[float] = []  # of the tokens drafted so far, largest first
+        self._gains: list[float] = rule.gains.tolist()  # of the tokens so far, largest first
         self._position = 0
 
     def begins(self) -> Mask:
@@ -171,10 +178,9 @@ class ValueStopper:
 
     def goes_on(self, rows: Rows, confidences: Floats) -> Mask:
         """Take the newest confidences; say which rows draft another token. See `Stopper`."""
-        rule = self._rule
         z = acceptance.logit(confidences)
-        features = acceptance.judge_features(z, self._position, rule.history[rows])
-        self._survival[rows] *= acceptance.sigmoid(features @ rule.judge)
+        features = acceptance.judge_features(z, self._position, self._history[rows])
+        self._survival[rows] *= acceptance.sigmoid((features * self._judge[rows]).sum(axis=1))
         self._z[rows] = z
         self._gains = self._with(self._gains, self._survival[rows] * self._weight[rows])
         self._spent_s += self._forward_s[len(rows)]
@@ -183,10 +189,10 @@ class ValueStopper:
 
     def _worth_another(self, rows: Rows, margin: float = 1.0) -> Mask:
         """Compare the best rate now with the best after one and after two more forwards."""
-        rule, spent = self._rule, self._spent_s
+        spent = self._spent_s
         best = best_total(self._gains, self._base_yield, self._verify_s, spent)
-        features = acceptance.scout_features(self._z[rows], self._position, rule.history[rows])
-        ahead = acceptance.sigmoid(features @ rule.scout)
+        features = acceptance.scout_features(self._z[rows], self._position, self._history[rows])
+        ahead = acceptance.sigmoid((features * self._scout[rows]).sum(axis=1))
         next_gain = self._survival[rows] * self._weight[rows] * ahead
         bar = self.ROW_SHARE * best.rate * self._cost_of_token(best.num_tokens)
         if best.num_tokens:  # on a plateau a surer token replaces the least sure one at no cost

@@ -28,6 +28,7 @@ from scipy import stats
 from specserve.batch import Batch, Draft, DraftPlan, Row, StepRecord, Verified
 from specserve.config import PolicyConfig
 from specserve.engines.model_target import ModelTargetEngine
+from specserve.policies import Unexplained
 from specserve.request import SLO, Request
 from specserve.sampling_params import SamplingParams
 
@@ -119,8 +120,10 @@ def _random_request(rng: random.Random) -> Request:
         values["max_draft_tokens"] = rng.choice([0, 1, 3])
     if rng.random() < 0.2:
         values["num_draft_tokens"] = rng.choice([0, 1, 2, 5])
+    values["draft_source"] = rng.choice(["model", "ngram", "auto", "auto"])
     values["slo"] = rng.choice([SLO(), SLO(), SLO(0.05, 0.02), SLO(None, 0.005)])
     prompt = [rng.randrange(VOCAB_SIZE) for _ in range(rng.choice([1, 2, 5, 17, 30]))]
+    prompt *= rng.choice([1, 1, 2])  # a prompt that repeats itself, for prompt lookup
     return make_request(prompt, rng.choice([1, 2, 5, 14]), **values)
 
 
@@ -340,7 +343,7 @@ class TextbookTarget:
         return int(self._random.choice(2, p=TWO_TOKENS))
 
 
-class Threshold:
+class Threshold(Unexplained):
     """Verify a draft up to the first token whose own confidence is not above a half."""
 
     def plan(self, rows: Sequence[Row]) -> DraftPlan:

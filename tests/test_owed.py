@@ -68,6 +68,14 @@ def test_a_total_whose_step_owes_more_than_it_pays_is_not_taken() -> None:
     assert dear.tolist() == [True, False, False]
 
 
+def test_a_row_that_is_hopelessly_late_gets_the_best_rate() -> None:
+    """Not the shortest step: with an objective of a microsecond every step owes thousands."""
+    rows = [make_row(1, owed=5000.0, tpot_s=1e-6)]
+    survival = np.array([[0.9, 0.8]])
+    allowed = least_debt(rows, survival, np.array([0, 1]), np.array([0.010, 0.011, 0.012]))
+    assert allowed.tolist() == [False, False, True]
+
+
 @pytest.mark.parametrize("num_rows", [2, 40])
 def test_of_two_equal_rows_the_one_further_behind_never_gets_less(num_rows: int) -> None:
     """The paper's released code compares the whole step with one constant instead (D1)."""
@@ -90,4 +98,4 @@ def test_reasons_name_owed_rows() -> None:
     rows = [make_row(1, owed=2.0, tpot_s=0.05), make_row(2)]
     policy.plan(rows)
     policy.select(Batch(rows), [[0.8] * 4] * 2)
-    assert policy.reasons["owed"] == 1
+    assert list(policy.decision.reasons).count("owed") == 1

@@ -307,9 +307,9 @@ def test_dearer_verification_never_lengthens_drafts(num_rows: int) -> None:
 def test_the_controller_forgets_finished_requests() -> None:
     policy = new_policy("specserve")
     play(policy, [[0.9] * 8] * 3, num_accepted=2, times=3)
-    assert policy.acceptance._requests
+    assert policy.acceptances.greedy._requests
     policy.release([0, 1, 2, 99])
-    assert policy.acceptance._requests == {}
+    assert policy.acceptances.greedy._requests == {}
 
 
 def test_predictors_of_two_tests_share_nothing() -> None:

@@ -14,7 +14,7 @@ from specserve.optimum import best_total
 from specserve.predictor.profile import DraftSample, Profile, VerifySample
 from specserve.predictor.roofline import Roofline
 from specserve.predictor.step_time import Correction, StepTimeModel, lower_envelope
-from specserve.predictor.telemetry import DeviceState
+from specserve.telemetry.state import DeviceState, ScriptedTelemetry
 
 TRUTH = Roofline(overhead=1e-3, weights=20e-3, kv=1e-6, flops=1e-3, knee=4.0)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -37,16 +37,6 @@ def make_profile(scale: float = 1.0) -> Profile:
     return Profile({"device": "test"}, tuple(verify), tuple(draft))
 
 
-class Clocks:
-    """Scripted telemetry."""
-
-    def __init__(self, state: DeviceState) -> None:
-        self.state = state
-
-    def read(self) -> DeviceState:
-        return self.state
-
-
 # -- theory ------------------------------------------------------------------------------------
 
 
@@ -66,14 +56,14 @@ def test_a_fit_without_enough_measurements_is_refused(seconds: list[float]) -> N
 
 def test_half_the_sm_clock_lengthens_compute_bound_steps_only() -> None:
     full = StepTimeModel(make_profile())
-    half = StepTimeModel(make_profile(), Clocks(DeviceState(compute_scale=0.5)))
+    half = StepTimeModel(make_profile(), ScriptedTelemetry(DeviceState(compute_scale=0.5)))
     assert half.verify_s(128, 100) > 1.8 * full.verify_s(128, 100)
     assert half.verify_s(1, 100) < 1.02 * full.verify_s(1, 100)
 
 
 def test_half_the_memory_clock_lengthens_memory_bound_steps_only() -> None:
     full = StepTimeModel(make_profile())
-    half = StepTimeModel(make_profile(), Clocks(DeviceState(memory_scale=0.5)))
+    half = StepTimeModel(make_profile(), ScriptedTelemetry(DeviceState(memory_scale=0.5)))
     assert half.verify_s(1, 100) > 1.8 * full.verify_s(1, 100)
     assert half.verify_s(128, 100) < 1.05 * full.verify_s(128, 100)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Protocol
 
-from specserve.batch import Batch, DraftPlan, Row, StepRecord
+from specserve.batch import Batch, Decision, DraftPlan, Row, StepRecord
 from specserve.config import PolicyConfig
 from specserve.predictor.step_time import StepTimeModel
 
@@ -35,6 +35,21 @@ class Policy(Protocol):
 
     def release(self, keys: Sequence[int]) -> None:
         """Drop what is kept for these requests; unknown keys are ignored."""
+
+    @property
+    def decision(self) -> Decision:
+        """Explain the last selection."""
+
+    @property
+    def calibration_error(self) -> float | None:
+        """Return the expected calibration error of predicted acceptance, if it is predicted."""
+
+
+class Unexplained:
+    """What a policy that explains nothing says."""
+
+    decision = Decision()
+    calibration_error: float | None = None
 
 
 # Name -> module with a function `make(config, step_time) -> Policy`; imported when chosen.

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from specserve.batch import Batch, DraftPlan, Row, StepRecord
 from specserve.config import PolicyConfig
+from specserve.policies import Unexplained
 from specserve.predictor.acceptance import OnlineLogistic, logit
 from specserve.predictor.step_time import StepTimeModel
 from specserve.stop_rules import SurvivalRule
@@ -17,7 +18,7 @@ def make(config: PolicyConfig, step_time: StepTimeModel | None = None) -> "Adapt
     return AdaptivePolicy(config.max_draft_tokens, config.min_survival)
 
 
-class AdaptivePolicy:
+class AdaptivePolicy(Unexplained):
     """Stop a row below a survival threshold; calibrate the survival from verification outcomes.
 
     Rows are judged one by one, so one sure row does not make the others draft. The threshold is a

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from specserve.batch import Batch, DraftPlan, Row, StepRecord
 from specserve.config import PolicyConfig
 from specserve.optimum import best_total
-from specserve.policies import needed
+from specserve.policies import Unexplained, needed
 from specserve.policies.baseline_costs import StepCosts, adaptive_caps, plan_caps
 from specserve.predictor.acceptance import logit, sigmoid
 from specserve.predictor.step_time import StepTimeModel
@@ -33,7 +33,7 @@ def make(
     )
 
 
-class AdaptiveVerificationPolicy:
+class AdaptiveVerificationPolicy(Unexplained):
     """Draft K tokens for every row; choose a total m, then the m largest survivals.
 
     The total is chosen on each request's *previous* estimates, because there the choice must not

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from specserve.batch import Batch, DraftPlan, Row, StepRecord
 from specserve.config import PolicyConfig
-from specserve.policies import needed
+from specserve.policies import Unexplained, needed
 from specserve.policies.baseline_costs import Floats, StepCosts, adaptive_caps, plan_caps
 from specserve.policies.baseline_rules import (
     BestLengthRule,
@@ -47,7 +47,7 @@ def make(
     return AdaSpecReleased(predictor, config.max_draft_tokens, slo_s)
 
 
-class AdaSpecReleased:
+class AdaSpecReleased(Unexplained):
     """The released code: gate, hill climbing (D5), elimination from one row (D2), one total (D3).
 
     The prior is the mean of every confidence recorded since the start (D8), and of steps that did
@@ -114,7 +114,7 @@ class AdaSpecReleased:
         """Nothing is kept for a request."""
 
 
-class AdaSpecRepaired:
+class AdaSpecRepaired(Unexplained):
     """What we read as the intent of the released code.
 
     * The drafter compares what is at hand with the *best* longer draft, not the next one.

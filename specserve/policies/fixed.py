@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from specserve.batch import Batch, DraftPlan, Row, StepRecord
 from specserve.config import PolicyConfig
+from specserve.policies import Unexplained
 from specserve.predictor.step_time import StepTimeModel
 
 
@@ -13,7 +14,7 @@ def make(config: PolicyConfig, step_time: StepTimeModel | None = None) -> "Fixed
     return FixedPolicy(min(k, config.max_draft_tokens))
 
 
-class FixedPolicy:
+class FixedPolicy(Unexplained):
     """The same draft length always, as the stock BLS loop has it."""
 
     def __init__(self, num_draft_tokens: int) -> None:

@@ -52,7 +52,9 @@ def least_debt(
 ) -> NDArray[np.bool_]:
     """Say which totals leave the rows with as little debt as any total can.
 
-    A longer step owes every row more, so verifying more is not always paying more.
+    A longer step owes every row more, so verifying more is not always paying more. Steps of
+    different lengths are compared at one time, the end of a plain one, each by its rate; else a
+    row that is hopelessly late would be best off with the shortest step, and never catch up.
 
     Args:
         order: [n], as verified.
@@ -62,11 +64,13 @@ def least_debt(
         [n + 1].
     """
     debt = np.zeros(len(order) + 1)
+    horizon_s = float(step_s[0])
     row_of = order // survival.shape[1]
     gains = survival.ravel()[order]
     for i, row in enumerate(rows):
         if row.tpot_s is not None:
             paid = 1.0 + np.concatenate(([0.0], np.cumsum(np.where(row_of == i, gains, 0.0))))
-            debt += np.maximum(0.0, row.owed_tokens + step_s / row.tpot_s - paid)
+            owed = row.owed_tokens + horizon_s / row.tpot_s
+            debt += np.maximum(0.0, owed - paid * (horizon_s / step_s))
     allowed: NDArray[np.bool_] = debt <= debt.min() + TOLERANCE
     return allowed

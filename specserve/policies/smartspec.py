@@ -10,7 +10,7 @@ import numpy as np
 
 from specserve.batch import Batch, DraftPlan, Row, StepRecord
 from specserve.config import PolicyConfig
-from specserve.policies import needed
+from specserve.policies import Unexplained, needed
 from specserve.policies.baseline_costs import Floats, Ints, StepCosts, adaptive_caps, plan_caps
 from specserve.predictor.step_time import StepTimeModel
 
@@ -26,7 +26,7 @@ def make(config: PolicyConfig, step_time: StepTimeModel | None = None) -> "Smart
     )
 
 
-class SmartSpecPolicy:
+class SmartSpecPolicy(Unexplained):
     """k = argmax of E(k) / T(k), the value at k = 0 raised by a tenth; decided before drafting.
 
     Acceptance is accepted over *verified* tokens, as in the source: tokens after the first rejected

@@ -1,23 +1,24 @@
 """The controller: expected tokens per second, subject to what each request is owed."""
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from specserve.batch import Batch, DraftPlan, Row, StepRecord
+from specserve.batch import Batch, Decision, Draft, DraftPlan, Row, StepRecord
 from specserve.config import PolicyConfig
 from specserve.optimum import best_total
 from specserve.policies import needed
 from specserve.policies.owed import deficits, least_debt, owed_first
-from specserve.predictor.acceptance import AcceptanceModel, Outcome, judge_features, logit
+from specserve.policies.source_choice import Prices, lookup_worth, model_worth
+from specserve.predictor.sources import Acceptances
 from specserve.predictor.step_time import StepTimeModel
 from specserve.stop_rules import ValueRule
 
 NEEDS_PROFILE = True
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 
 def make(config: PolicyConfig, step_time: StepTimeModel | None = None) -> "SpecServePolicy":
@@ -31,15 +32,17 @@ class _Step:
 
     Attributes:
         verify_s: [m + 1], predicted seconds to verify with 0, ..., m draft tokens.
+        weight: [num_rows], what a token is worth: more to rows that would end the step late.
+        lookups: what prompt lookup has for each row, proposed or not.
         draft_s: predicted seconds of the draft call, once its lengths are known.
         deficit: [num_rows], tokens missing at the end of a plain step, if anybody has objectives.
         is_exploring: every row drafts, and has its first token verified, to learn.
     """
 
     num_tokens: int
-    num_prompt_tokens: int
-    context_tokens: int
     verify_s: Floats
+    weight: Floats
+    lookups: list[Draft | None] = field(default_factory=list)
     draft_s: float = 0.0
     deficit: Floats | None = None
     is_exploring: bool = False
@@ -48,14 +51,17 @@ class _Step:
 class SpecServePolicy:
     """Draft and verify what raises the predicted token rate; owed tokens first.
 
-    * Survival: the judge's acceptance, multiplied along the row; calibrated online.
+    * Survival: the judge's acceptance, multiplied along the row; calibrated online, by source.
+    * Source: prompt lookup, which is free, where it promises more than the draft model.
     * Drafting: a `ValueRule`, evaluated beside the draft engine after every forward.
     * Verification: the exact optimum over all totals, on the true staircase.
     * Off: when no draft is expected to pay. A share of the steps explores all the same, and the
       answer has to be clear in either direction before the mode changes.
 
+    The reasons it gives: owed, yield, cap, off, explore, fixed, prompt; see `_reason`.
+
     Attributes:
-        reasons: rows by what decided their length: owed, yield, cap, off, explore, fixed.
+        decision: of the last step.
     """
 
     EXPLORE_EVERY = 48  # steps while off
@@ -66,57 +72,96 @@ class SpecServePolicy:
     def __init__(self, config: PolicyConfig, step_time: StepTimeModel) -> None:
         self.config = config
         self.step_time = step_time
-        self.acceptance = AcceptanceModel()
-        self.reasons: Counter[str] = Counter()
+        self.acceptances = Acceptances()
+        self.decision = Decision()
         self._is_on = True
         self._num_steps_off = self.EXPLORE_EVERY - 1  # begin by looking
+        self._rate = 0.0  # tokens per second that the last step promised
         self._step: _Step | None = None
 
     # -- plan ----------------------------------------------------------------------------------
 
     def plan(self, rows: Sequence[Row]) -> DraftPlan:
-        """Say which rows may draft, and hand the rule that stops them to the draft engine."""
+        """Say who proposes for each row, how much at most, and what stops the draft model."""
         caps = np.array([min(r.max_draft_tokens, self.config.max_draft_tokens) for r in rows])
         step = self._step = self._look(rows, int(caps.sum()))
-        rule = self._rule(rows, step, caps)
-        begins = self._gate(rule, caps)
-        self._num_steps_off = 0 if begins.any() else self._num_steps_off + 1
-        if not begins.any() and self._num_steps_off % self.EXPLORE_EVERY == 0:
+        uses_lookup, gains = self._choose_sources(rows, step, caps)
+        model_caps = np.where(uses_lookup, 0, caps)
+        rule = self._rule(rows, step, model_caps, gains)
+        begins = self._gate(rule, model_caps)
+        is_off = not (begins.any() or uses_lookup.any())
+        self._num_steps_off = self._num_steps_off + 1 if is_off else 0
+        if is_off and self._num_steps_off % self.EXPLORE_EVERY == 0:
             step.is_exploring = True
             begins = caps > 0
-        return DraftPlan(np.where(begins, caps, 0).tolist(), rule)
+        allowed = np.where(begins | uses_lookup, caps, 0)
+        return DraftPlan(allowed.tolist(), rule, uses_lookup.tolist(), is_sampled=True)
 
     def _look(self, rows: Sequence[Row], num_draft_tokens: int) -> _Step:
         num_tokens = sum(len(row.token_ids) for row in rows)
         prompt = sum(len(row.token_ids) - row.samples for row in rows)
         context = sum(row.num_computed_tokens for row in rows)
         curve = self.step_time.verify_curve(num_tokens, num_draft_tokens, context, prompt)
-        return _Step(num_tokens, prompt, context, curve)
+        late = np.clip(deficits(rows, float(curve[0])), 0.0, self.MAX_LATE)
+        return _Step(num_tokens, curve, 1.0 + late, [row.lookup for row in rows])
 
-    def _rule(self, rows: Sequence[Row], step: _Step, caps: NDArray[np.int64]) -> ValueRule:
+    def _choose_sources(
+        self, rows: Sequence[Row], step: _Step, caps: Ints
+    ) -> tuple[NDArray[np.bool_], Floats]:
+        """Say which rows propose their lookup, and what those tokens are worth, falling."""
+        has_lookup = np.array([row.lookup is not None for row in rows])
+        if not has_lookup.any():
+            return has_lookup, np.empty(0)
+        confidences = [row.lookup.confidences if row.lookup else [] for row in rows]
+        lengths = np.minimum([len(c) for c in confidences], caps)
+        confidences = [c[:n] for c, n in zip(confidences, lengths, strict=True)]
+        survival = self.acceptances.survivals(rows, confidences, lengths.tolist())
+        prices = self._prices(rows, step, int(np.count_nonzero(caps)))
+        _, scout, history = self._drafters(rows)
+        better = lookup_worth(survival, prices) > model_worth(scout, history, caps, prices)
+        is_bound = np.array([row.draft_source == "ngram" for row in rows])
+        fixed = np.array([row.has_fixed_draft for row in rows])
+        uses = has_lookup & (is_bound | (better & ~fixed))
+        gains = (survival * step.weight[:, None])[uses].ravel()
+        return uses, np.sort(gains[gains > 0.0])[::-1]
+
+    def _prices(self, rows: Sequence[Row], step: _Step, num_drafting: int) -> Prices:
+        plain_s, most_s = float(step.verify_s[0]), float(step.verify_s[-1])
+        rate = max(self._rate, sum(row.samples for row in rows) / plain_s)
+        token_s = (most_s - plain_s) / max(1, len(step.verify_s) - 1)
+        forward_s = float(self.step_time.forward_curve(num_drafting)[-1]) / max(1, num_drafting)
+        return Prices(rate * token_s, rate * forward_s)
+
+    def _rule(self, rows: Sequence[Row], step: _Step, caps: Ints, gains: Floats) -> ValueRule:
         drafting = [row for row, cap in zip(rows, caps, strict=True) if cap]
         context = sum(row.num_computed_tokens for row in drafting)
         forward_s = self.step_time.forward_curve(len(drafting), context)
         first_s = self.step_time.draft_s([len(drafting)], 0, context) if drafting else 0.0
+        judge, scout, history = self._drafters(rows)
+        samples = np.array([row.samples for row in rows])
+        fixed = np.array([row.has_fixed_draft for row in rows])
         return ValueRule(
-            judge=self.acceptance.judge.weights,
-            scout=self.acceptance.scout.weights,
-            history=self.acceptance.history([row.key for row in rows]),
-            weight=self._weights(rows, float(step.verify_s[0])),
+            judge=judge.ravel(),
+            scout=scout.ravel(),
+            history=history,
+            weight=np.where(fixed, np.inf, step.weight),
             verify_s=step.verify_s,
             forward_s=np.pad(forward_s, (0, len(rows) - len(drafting)), mode="edge"),
-            base=np.array([sum(row.samples for row in rows), first_s - forward_s[-1], 1.0]),
+            gains=gains,
+            base=np.array([step.weight[samples].sum(), first_s - forward_s[-1], 1.0]),
         )
 
-    def _weights(self, rows: Sequence[Row], plain_s: float) -> Floats:
-        """Return what a token of each row is worth: more to rows that would end the step late."""
-        late = np.clip(deficits(rows, plain_s), 0.0, self.MAX_LATE)
-        fixed = np.array([row.has_fixed_draft for row in rows])
-        weights: Floats = np.where(fixed, np.inf, 1.0 + late)
-        return weights
+    def _drafters(self, rows: Sequence[Row]) -> tuple[Floats, Floats, Floats]:
+        """Return each row's judge and scout of the draft model, and how the request has fared."""
+        models = [self.acceptances.of_model(row) for row in rows]
+        return (
+            np.array([model.judge.weights for model in models]),
+            np.array([model.scout.weights for model in models]),
+            np.array([m.history_of(row.key) for m, row in zip(models, rows, strict=True)]),
+        )
 
-    def _gate(self, rule: ValueRule, caps: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Say which rows draft at all, with hysteresis over the whole batch."""
+    def _gate(self, rule: ValueRule, caps: Ints) -> NDArray[np.bool_]:
+        """Say which rows the draft model begins with, with hysteresis over the whole batch."""
         may = np.flatnonzero(caps)
         begins = np.zeros(len(caps), dtype=bool)
         if len(may):
@@ -133,37 +178,23 @@ class SpecServePolicy:
         lengths = [len(values) for values in confidences]
         step = self._step
         if step is None or not any(lengths):
-            self.reasons["off"] += len(lengths)
+            reasons = ["off" if row.samples else "prompt" for row in batch.rows]
+            self.decision = Decision(reasons, float(step.verify_s[0]) if step else None)
             return lengths
-        survival = self._survivals(batch, confidences, lengths)
+        survival = self.acceptances.survivals(batch.rows, confidences, lengths)
         step.draft_s = self.step_time.draft_s(*_draft_call(batch.rows, lengths))
-        chosen = self._choose(batch, step, survival, step.draft_s)
+        chosen = self._choose(batch, step, survival)
         for i, row in enumerate(batch.rows):
             if row.has_fixed_draft:
                 chosen[i] = lengths[i]
             elif step.is_exploring:
                 chosen[i] = max(chosen[i], min(lengths[i], 1))
-            is_owed = step.deficit is not None and step.deficit[i] > 0.0
-            self.reasons[_reason(row, step, is_owed, chosen[i], lengths[i])] += 1
+        reasons = [_reason(row, step, i, chosen[i], lengths[i]) for i, row in enumerate(batch.rows)]
+        predicted_s = step.draft_s + float(step.verify_s[sum(chosen)])
+        self.decision = Decision(reasons, predicted_s)
         return chosen
 
-    def _survivals(
-        self, batch: Batch, confidences: Sequence[Sequence[float]], lengths: list[int]
-    ) -> Floats:
-        """Return [num_rows, longest draft], 0 beyond a row's draft."""
-        count = np.array(lengths)
-        position = np.arange(max(lengths))
-        drafted = position < count[:, None]
-        history = self.acceptance.history([row.key for row in batch.rows])
-        z = logit(np.array([c for row in confidences for c in row]))
-        where = np.broadcast_to(position, drafted.shape)[drafted]
-        features = judge_features(z, where, np.repeat(history, count))
-        accepted = np.zeros(drafted.shape)
-        accepted[drafted] = self.acceptance.judge.predict(features)
-        survival: Floats = np.cumprod(accepted, axis=1)
-        return survival
-
-    def _choose(self, batch: Batch, step: _Step, survival: Floats, draft_s: float) -> list[int]:
+    def _choose(self, batch: Batch, step: _Step, survival: Floats) -> list[int]:
         """Take the best number of tokens in order of survival; ties keep the order of positions."""
         flat = survival.ravel()
         positions = np.tile(np.arange(survival.shape[1]), len(survival))
@@ -172,26 +203,24 @@ class SpecServePolicy:
         if any(row.tpot_s is not None for row in batch.rows):
             order, num_tokens = self._keep_promises(batch, step, survival, order, base_yield)
         else:
-            gains = flat[order].tolist()
-            num_tokens = best_total(gains, base_yield, step.verify_s.tolist(), draft_s).num_tokens
+            best = best_total(
+                flat[order].tolist(), base_yield, step.verify_s.tolist(), step.draft_s
+            )
+            num_tokens, self._rate = best
         rows = order[:num_tokens] // survival.shape[1]
         lengths: list[int] = np.bincount(rows, minlength=len(survival)).tolist()
         return lengths
 
     def _keep_promises(
-        self,
-        batch: Batch,
-        step: _Step,
-        survival: Floats,
-        order: NDArray[np.int64],
-        base_yield: float,
-    ) -> tuple[NDArray[np.int64], int]:
+        self, batch: Batch, step: _Step, survival: Floats, order: Ints, base_yield: float
+    ) -> tuple[Ints, int]:
         """Order owed tokens first; of the totals that owe least, take the best token rate."""
         step_s = step.draft_s + step.verify_s[: len(order) + 1]
         step.deficit = deficits(batch.rows, float(step_s[0]))
         order = owed_first(survival, order, step.deficit)
         gains = survival.ravel()[order]
         rates = (base_yield + np.concatenate(([0.0], np.cumsum(gains)))) / step_s
+        self._rate = float(rates.max())
         allowed = least_debt(batch.rows, survival, order, step_s)
         return order, int(np.where(allowed, rates, -1.0).argmax())
 
@@ -199,48 +228,51 @@ class SpecServePolicy:
 
     def observe(self, record: StepRecord) -> None:
         """Learn step time and acceptance."""
-        self.acceptance.observe(
-            [
-                Outcome(row.key, draft.confidences[: len(choice)], verified.num_accepted_tokens)
-                for row, draft, choice, verified in zip(
-                    record.batch.rows, record.drafts, record.chosen, record.outputs, strict=True
-                )
-                if choice
-            ]
-        )
-        self._observe_time(record)
-
-    def _observe_time(self, record: StepRecord) -> None:
-        step = self._step
-        if step is None or step.num_tokens != record.batch.num_base_tokens:
+        step, self._step = self._step, None
+        is_mine = step is not None and step.num_tokens == record.batch.num_base_tokens
+        if step is None or not is_mine:
             return  # a step without a plan: nobody could draft
+        self.acceptances.observe(record, step.lookups)
         num_chosen = sum(map(len, record.chosen))
         self.step_time.observe_verify(
             step.num_tokens + num_chosen, float(step.verify_s[num_chosen]), record.verify_time_s
         )
-        if step.draft_s and any(draft.token_ids for draft in record.drafts):
-            num_rows = sum(bool(draft.token_ids) for draft in record.drafts)
+        num_rows = len(_drafted(record.batch.rows, [len(d.token_ids) for d in record.drafts]))
+        if num_rows:
             self.step_time.observe_draft(num_rows, step.draft_s, record.draft_time_s)
-        self._step = None
+
+    @property
+    def calibration_error(self) -> float | None:
+        """Return the worst of the sources' expected calibration errors."""
+        return max(source.calibration_error() for source in self.acceptances.all)
 
     def release(self, keys: Sequence[int]) -> None:
         """Forget finished requests."""
-        self.acceptance.forget(keys)
+        self.acceptances.forget(keys)
+
+
+def _drafted(rows: Sequence[Row], lengths: Sequence[int]) -> list[tuple[Row, int]]:
+    """Return the rows that the draft model proposed for, and the lengths of its drafts."""
+    return [(row, n) for row, n in zip(rows, lengths, strict=True) if n and row.lookup is None]
 
 
 def _draft_call(rows: Sequence[Row], lengths: Sequence[int]) -> tuple[list[int], int, int]:
     """Describe a draft call: rows of each forward, catch-up tokens, context."""
-    forwards = [sum(n > j for n in lengths) for j in range(max(lengths, default=0))]
-    drafting = [row for row, n in zip(rows, lengths, strict=True) if n]
-    catch_up = sum(len(row.catch_up_token_ids) for row in drafting)
-    return forwards, catch_up, sum(row.num_draft_computed_tokens for row in drafting)
+    drafted = _drafted(rows, lengths)
+    forwards = [
+        sum(n > j for _, n in drafted) for j in range(max((n for _, n in drafted), default=0))
+    ]
+    catch_up = sum(len(row.catch_up_token_ids) for row, _ in drafted)
+    return forwards, catch_up, sum(row.num_draft_computed_tokens for row, _ in drafted)
 
 
-def _reason(row: Row, step: _Step, is_owed: bool, num_chosen: int, num_drafted: int) -> str:
+def _reason(row: Row, step: _Step, index: int, num_chosen: int, num_drafted: int) -> str:
     """Name what decided a row's length."""
+    if not row.samples:
+        return "prompt"
     if row.has_fixed_draft:
         return "fixed"
-    if is_owed and num_chosen:
+    if num_chosen and step.deficit is not None and step.deficit[index] > 0.0:
         return "owed"
     if step.is_exploring:
         return "explore"

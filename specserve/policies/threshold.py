@@ -13,6 +13,7 @@ import numpy as np
 
 from specserve.batch import Batch, DraftPlan, Row, StepRecord
 from specserve.config import PolicyConfig
+from specserve.policies import Unexplained
 from specserve.policies.baseline_costs import adaptive_caps, plan_caps
 from specserve.policies.baseline_rules import ThresholdRule
 from specserve.predictor.step_time import StepTimeModel
@@ -25,7 +26,7 @@ def make(config: PolicyConfig, step_time: StepTimeModel | None = None) -> "Thres
     )
 
 
-class ThresholdPolicy:
+class ThresholdPolicy(Unexplained):
     """A constant threshold on raw confidence: it knows neither load nor step time."""
 
     def __init__(self, threshold: float, max_draft_tokens: int, *, of_mean: bool = False) -> None:

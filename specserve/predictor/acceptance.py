@@ -104,18 +104,37 @@ class OnlineLogistic:
         self._hessian *= np.exp(-len(x) / self.MEMORY)
         self._hessian += x.T @ (x * curvature[:, None])
         gradient = x.T @ (outcomes - predicted)
-        step = np.linalg.solve(self._hessian + self._floor, gradient)
+        step = np.array(solve((self._hessian + self._floor).tolist(), gradient.tolist()))
         longest = float(np.abs(x @ step).max(initial=0.0))
         self.weights = self.weights + step * min(1.0, self.MAX_STEP / max(longest, 1e-9))
         return predicted
 
 
+def solve(matrix: list[list[float]], values: list[float]) -> list[float]:
+    """Solve a small symmetric positive definite system by Cholesky's decomposition.
+
+    NOTE: plain Python. LAPACK wakes threads for it, which beside an engine costs a millisecond.
+    """
+    n = len(values)
+    lower = [[0.0] * n for _ in range(n)]
+    y = [0.0] * n
+    for i, row in enumerate(lower):
+        for j in range(i + 1):
+            other = lower[j]
+            rest = matrix[i][j] - sum(row[k] * other[k] for k in range(j))
+            row[j] = math.sqrt(rest) if i == j else rest / other[j]
+        y[i] = (values[i] - sum(row[k] * y[k] for k in range(i))) / row[i]
+    for i in reversed(range(n)):
+        y[i] = (y[i] - sum(lower[k][i] * y[k] for k in range(i + 1, n))) / lower[i][i]
+    return y
+
+
 class Outcome(NamedTuple):
-    """What verification said of one row's draft.
+    """What became known of one row's draft.
 
     Attributes:
-        confidences: of the *verified* draft tokens, at least one.
-        num_accepted: of these; the one after them, if any, was rejected.
+        confidences: of the draft tokens that can be compared, at least one.
+        num_accepted: of these; the one after them, if any, was not what the target said.
     """
 
     key: int
@@ -132,41 +151,61 @@ class AcceptanceModel:
     NUM_BINS = 10
     BATCH = 8
 
-    def __init__(self) -> None:
-        self.judge = OnlineLogistic(JUDGE_PRIOR)
+    def __init__(self, judge_prior: Sequence[float] = JUDGE_PRIOR) -> None:
+        self.judge = OnlineLogistic(judge_prior)
         self.scout = OnlineLogistic(SCOUT_PRIOR)
         self.mean = 0.65
         self._requests: dict[int, tuple[float, float]] = {}  # accepted, seen; forgotten slowly
-        self._pending: list[tuple[float, float, int, float, float]] = []
+        self._pending: list[Floats] = []  # [5, n] each, see `_learn`
+        self._num_pending = 0
         self._bins = np.zeros((self.NUM_BINS, 3))  # predictions, outcomes, count
 
     def history(self, keys: Sequence[int]) -> Floats:
         """Return each request's acceptance less the common mean; 0 for a new one."""
-        found = [self._requests.get(key) for key in keys]
-        return np.array([pair[0] / pair[1] - self.mean if pair else 0.0 for pair in found])
+        return np.array([self.history_of(key) for key in keys])
+
+    def history_of(self, key: int) -> float:
+        """Return one request's."""
+        accepted, seen = self._requests.get(key, (self.mean, 1.0))
+        return accepted / seen - self.mean
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
-        """Learn what a step's verification said; the weights move every `BATCH` outcomes."""
+        """Learn what a step has shown; the weights move every `BATCH` tokens."""
+        if not outcomes:
+            return
+        self._pending.append(self._as_seen(outcomes))
+        self._num_pending += self._pending[-1].shape[1]
         for outcome in outcomes:
-            self._take(outcome)
-        if len(self._pending) >= self.BATCH:
-            pending, self._pending = np.array(self._pending), []
-            self._learn(*pending.T)
+            self._remember(outcome)
+        if self._num_pending >= self.BATCH:
+            pending = np.concatenate(self._pending, axis=1)
+            self._pending, self._num_pending = [], 0
+            self._learn(*pending)
 
-    def _take(self, outcome: Outcome) -> None:
-        """Keep one row's tokens for learning, as the models saw them, and update its history."""
-        key, confidences, num_accepted = outcome
+    def _as_seen(self, outcomes: Sequence[Outcome]) -> Floats:
+        """Lay out the tokens up to the first that failed, as the models saw them."""
+        counts = np.array([min(len(o.confidences), o.num_accepted + 1) for o in outcomes])
+        begins = np.cumsum(counts) - counts
+        seen = [o.confidences[:n] for o, n in zip(outcomes, counts.tolist(), strict=True)]
+        z = logit(np.array([c for confidences in seen for c in confidences]))
+        before = np.empty_like(z)
+        before[1:] = z[:-1]
+        before[begins] = 0.0
+        position = np.arange(len(z)) - np.repeat(begins, counts)
+        history = np.repeat(self.history([o.key for o in outcomes]), counts)
+        accepted = position < np.repeat([o.num_accepted for o in outcomes], counts)
+        return np.stack([z, before, position, history, accepted])
+
+    def _remember(self, outcome: Outcome) -> None:
+        """Update a request's history."""
         prior = (self.PRIOR_TOKENS * self.mean, self.PRIOR_TOKENS)
-        accepted, seen = self._requests.get(key, prior)
-        history, before = accepted / seen - self.mean, 0.0
-        num_seen = min(len(confidences), num_accepted + 1)
-        for position, confidence in enumerate(confidences[:num_seen]):
-            c = min(max(confidence, EPS), 1.0 - EPS)
-            z = math.log(c / (1.0 - c))
-            self._pending.append((z, before, position, history, float(position < num_accepted)))
-            before = z
+        accepted, seen = self._requests.get(outcome.key, prior)
+        num_seen = min(len(outcome.confidences), outcome.num_accepted + 1)
         kept = self.REQUEST_MEMORY**num_seen
-        self._requests[key] = (accepted * kept + num_accepted, seen * kept + num_seen)
+        self._requests[outcome.key] = (
+            accepted * kept + outcome.num_accepted,
+            seen * kept + num_seen,
+        )
 
     def _learn(
         self, z: Floats, before: Floats, position: Floats, history: Floats, accepted: Floats

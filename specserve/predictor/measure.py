@@ -83,7 +83,7 @@ def _points(
     bench: "_Bench", rows: Sequence[Row], context: int
 ) -> Iterator[tuple[VerifySample | DraftSample, float]]:
     """Time every point once; the samples are keys, with 0 for their seconds."""
-    for size in VERIFY_SIZES:
+    for size in bench.verify_sizes:
         num_rows = min(len(rows), max(1, size // 3))
         seconds = bench.verify(rows[:num_rows], size)
         yield VerifySample(size, size, num_rows * context, 0.0), seconds
@@ -114,6 +114,8 @@ class _Bench:
         self._blocks = BlockManager(info.num_blocks, info.block_size)
         self._random = np.random.default_rng(0)
         self._next_key = -1
+        steps = info.captured_sizes
+        self.verify_sizes = sorted({*VERIFY_SIZES, *steps, *(size + 1 for size in steps[:-1])})
 
     def fill(self, context: int, num_rows: int) -> list[Row]:
         """Make rows with `context` tokens of real KV in both engines, `num_rows` if they fit."""

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from specserve.config import build
+from specserve.telemetry.reading import Clocks
 
 FORMAT = 1
 
@@ -47,6 +48,7 @@ class Profile:
     Attributes:
         fingerprint: what the numbers depend on: device, engine, precision, threads, versions, pair.
         source: "measured", or where an estimate comes from.
+        clocks: the device's, while it was measured; None if it did not say.
     """
 
     fingerprint: dict[str, str]
@@ -54,6 +56,7 @@ class Profile:
     draft: tuple[DraftSample, ...]
     source: str = "measured"
     format: int = FORMAT
+    clocks: Clocks | None = None
 
     def check(self, fingerprint: Mapping[str, str]) -> None:
         """Refuse numbers of something else.
@@ -90,6 +93,7 @@ class Profile:
         try:
             verify = tuple(build(VerifySample, sample, "verify") for sample in tree["verify"])
             draft = tuple(build(DraftSample, sample, "draft") for sample in tree["draft"])
-            return cls(tree["fingerprint"], verify, draft, tree["source"])
+            clocks = Clocks(*tree["clocks"]) if tree.get("clocks") else None
+            return cls(tree["fingerprint"], verify, draft, tree["source"], clocks=clocks)
         except (KeyError, TypeError) as error:
             raise ValueError(f"profile {path.name} is incomplete: {error}") from error

@@ -1,5 +1,6 @@
 """`specserve profile`: measure thoroughly, store, and show how well the model fits."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from rich.table import Table
@@ -10,6 +11,7 @@ from specserve.predictor.measure import Effort, measure
 from specserve.predictor.profile import Profile
 from specserve.predictor.step_time import StepTimeModel
 from specserve.predictor.store import fingerprint, path_of
+from specserve.telemetry import make_telemetry
 
 
 def measure_and_describe(config: Config, output: Path | None) -> tuple[Table, Path]:
@@ -23,8 +25,10 @@ def measure_and_describe(config: Config, output: Path | None) -> tuple[Table, Pa
     """
     info = engines.describe(config)
     draft, target = engines.make_draft_engine(config), engines.make_target_engine(config)
-    marks = fingerprint(config)
+    telemetry = make_telemetry(config)
+    marks = fingerprint(config, telemetry.reading)
     profile = measure(draft, target, info, marks, Effort())
+    profile = replace(profile, clocks=telemetry.clocks)
     path = output or path_of(marks)
     profile.save(path)
     return _table(profile), path

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specserve.predictor.profile import DraftSample, Profile, VerifySample
-from specserve.predictor.roofline import Roofline
-from specserve.predictor.telemetry import NoTelemetry, Telemetry
+from specserve.predictor.roofline import Prior, Roofline
+from specserve.telemetry.state import NEUTRAL, DeviceState, NoTelemetry, Telemetry
 
 Floats = NDArray[np.float64]
 
@@ -25,11 +25,14 @@ class StepTimeModel:
 
     verify(n, c) = roofline(n, c; device state) * staircase(n) * correction(n) - prompt tokens'
     saved logits. draft = call overhead + one time per forward, by the rows still drafting.
+    The device's state counts relative to that in which the profile was taken.
     """
 
     def __init__(self, profile: Profile, telemetry: Telemetry | None = None) -> None:
         self.telemetry: Telemetry = telemetry or NoTelemetry()
-        self._verify = _VerifyTime(profile.verify)
+        self._profiled_clocks = profile.clocks
+        self._state = NEUTRAL
+        self._verify = _VerifyTime(profile.verify, Prior.of(profile.fingerprint))
         self._draft = _DraftTime(profile.draft)
         self._cache: dict[tuple[int, ...], Floats] = {}
         self._num_observed = 0
@@ -47,14 +50,12 @@ class StepTimeModel:
         Returns:
             [num_more + 1] seconds; never falls.
         """
+        state = self._follow_device()
         context_tokens = _rounded(context_tokens)
         key = (num_tokens, num_more, context_tokens, num_prompt_tokens)
         if key not in self._cache:
-            state = self.telemetry.read()
             n = np.arange(num_tokens, num_tokens + num_more + 1, dtype=np.float64)
-            self._cache[key] = self._verify.predict(
-                n, context_tokens, num_prompt_tokens, state.compute_scale, state.memory_scale
-            )
+            self._cache[key] = self._verify.predict(n, context_tokens, num_prompt_tokens, state)
         return self._cache[key]
 
     def verify_s(self, num_tokens: int, context_tokens: int, num_prompt_tokens: int = 0) -> float:
@@ -70,11 +71,12 @@ class StepTimeModel:
         Returns:
             [num_rows + 1] seconds.
         """
+        state = self._follow_device()
         context_tokens = _rounded(context_tokens)
         key = (num_rows, context_tokens)
         if key not in self._cache:
             rows = np.arange(num_rows + 1, dtype=np.float64)
-            self._cache[key] = self._draft.forward(rows, context_tokens / max(1, num_rows))
+            self._cache[key] = self._draft.forward(rows, context_tokens / max(1, num_rows), state)
         return self._cache[key]
 
     def draft_s(
@@ -90,7 +92,8 @@ class StepTimeModel:
             num_catch_up_tokens: of the first forward, one per row included.
             context_tokens: cached tokens of the first forward's rows.
         """
-        return self._draft.call(rows_of_forwards, num_catch_up_tokens, context_tokens)
+        state = self._follow_device()
+        return self._draft.call(rows_of_forwards, num_catch_up_tokens, context_tokens, state)
 
     def observe_verify(self, num_tokens: int, predicted_s: float, measured_s: float) -> None:
         """Learn one measured verification from what was predicted for it."""
@@ -101,6 +104,14 @@ class StepTimeModel:
         """Learn one measured draft call, whose first forward had `num_rows`."""
         self._refresh()
         self._draft.correction.observe(num_rows, predicted_s, measured_s)
+
+    def _follow_device(self) -> DeviceState:
+        """Return the device's state; forget predictions made for another."""
+        state = self.telemetry.read(self._profiled_clocks)
+        if state is not self._state:
+            self._state = state
+            self._cache.clear()
+        return state
 
     def _refresh(self) -> None:
         """Let predictions follow what was learnt, not after every step: they cost time too."""
@@ -172,23 +183,22 @@ class Correction:
 class _VerifyTime:
     """Roofline times staircase times correction."""
 
-    def __init__(self, samples: Sequence[VerifySample]) -> None:
+    def __init__(self, samples: Sequence[VerifySample], prior: Prior | None) -> None:
         full = [s for s in samples if s.num_logit_rows == s.num_tokens]
         self._roofline = Roofline.fit(
             [s.num_tokens for s in full],
             [s.context_tokens for s in full],
             [s.seconds for s in full],
+            prior,
         )
         self._sizes, self._steps = self._staircase(full)
         self._logits_s = self._logits_of_a_token(samples)
         self.correction = Correction()
 
-    def predict(
-        self, n: Floats, context: float, num_prompt: int, compute_scale: float, memory_scale: float
-    ) -> Floats:
-        theory = self._roofline(n, context, compute_scale, memory_scale)
+    def predict(self, n: Floats, context: float, num_prompt: int, state: DeviceState) -> Floats:
+        theory = self._roofline(n, context, state.compute_scale, state.memory_scale)
         stair = np.interp(np.log(n), np.log(self._sizes), self._steps)
-        saved = np.minimum(self._logits_s * num_prompt, 0.5 * theory)
+        saved = np.minimum(self._logits_s * num_prompt / state.compute_scale, 0.5 * theory)
         seconds: Floats = (theory * stair - saved) * self.correction.factor(n)
         return lower_envelope(seconds)
 
@@ -218,7 +228,10 @@ class _VerifyTime:
 
 
 class _DraftTime:
-    """Catch-up tokens and forwards, each linear; kv per token of context in each forward."""
+    """Catch-up tokens and forwards, each linear; kv per token of context in each forward.
+
+    A forward reads the weights once and the cache of every row, and computes for every row.
+    """
 
     def __init__(self, samples: Sequence[DraftSample]) -> None:
         columns = [
@@ -237,23 +250,32 @@ class _DraftTime:
         self._overhead, self._per_token, self._base, self._per_row, self._kv = solution
         self.correction = Correction()
 
-    def forward(self, rows: Floats, context_of_row: float) -> Floats:
-        per_row = self._per_row + self._kv * context_of_row
-        seconds: Floats = (self._base + per_row * rows) * self.correction.factor(rows)
+    def forward(self, rows: Floats, context_of_row: float, state: DeviceState) -> Floats:
+        base, per_row = self._costs(context_of_row, state)
+        seconds: Floats = (base + per_row * rows) * self.correction.factor(rows)
         seconds[rows == 0] = 0.0
         return seconds
 
     def call(
-        self, rows_of_forwards: Sequence[int], num_catch_up_tokens: int, context_tokens: int
+        self,
+        rows_of_forwards: Sequence[int],
+        num_catch_up_tokens: int,
+        context_tokens: int,
+        state: DeviceState,
     ) -> float:
         if not rows_of_forwards:
             return 0.0
         first_rows = rows_of_forwards[0]
-        per_row = self._per_row + self._kv * context_tokens / first_rows
+        base, per_row = self._costs(context_tokens / first_rows, state)
         more = max(0, num_catch_up_tokens - first_rows)
-        seconds = self._overhead + self._per_token * more
-        seconds += len(rows_of_forwards) * self._base + per_row * sum(rows_of_forwards)
+        seconds = self._overhead + self._per_token * more / state.compute_scale
+        seconds += len(rows_of_forwards) * base + per_row * sum(rows_of_forwards)
         return seconds * self.correction.factor_of(first_rows)
+
+    def _costs(self, context_of_row: float, state: DeviceState) -> tuple[float, float]:
+        """Return seconds of a forward, and of each row in it."""
+        read_s = self._kv * context_of_row / state.memory_scale
+        return self._base / state.memory_scale, self._per_row / state.compute_scale + read_s
 
 
 def _rounded(context_tokens: int) -> int:

@@ -12,20 +12,27 @@ from pathlib import Path
 from specserve import manifest
 from specserve.config import Config
 from specserve.predictor.profile import Profile
+from specserve.telemetry import uses_gpu
+from specserve.telemetry.reading import Reading
 
 logger = logging.getLogger(__name__)
 
 
-def fingerprint(config: Config) -> dict[str, str]:
-    """Say what step times depend on: device, engine, precision, threads, versions, pair."""
+def fingerprint(config: Config, reading: Reading | None = None) -> dict[str, str]:
+    """Say what step times depend on: device, engine, precision, threads, versions, pair.
+
+    Args:
+        reading: of the GPUs that the engines run on.
+    """
     engine = config.engine
     pair = {role: manifest.load(Path(engine.dir) / role) for role in ("draft", "target")}
     return {
-        "device": _cpu_name(),
+        **(_gpus(reading) if uses_gpu(config) else {"device": _cpu_name()}),
         "num_cores": str(len(os.sched_getaffinity(0))),
         "engine": engine.name,
         "engine_version": _version(engine.name),
         "precision": engine.precision,
+        "compile": str(engine.compile),
         "num_threads": str(engine.num_threads),
         "block_size": str(engine.block_size),
         **{f"{role}_source": m.source.sha256 for role, m in pair.items()},
@@ -41,13 +48,17 @@ def path_of(marks: dict[str, str]) -> Path:
     return cache / "specserve" / "profiles" / f"{digest}.json"
 
 
-def load_or_measure(config: Config, measure: Callable[[dict[str, str]], Profile]) -> Profile:
+def load_or_measure(
+    config: Config,
+    measure: Callable[[dict[str, str]], Profile],
+    reading: Reading | None = None,
+) -> Profile:
     """Return the configured profile, the stored one, or a new one, which is then stored.
 
     Raises:
         ValueError: the configuration names a profile of something else.
     """
-    marks = fingerprint(config)
+    marks = fingerprint(config, reading)
     if config.policy.profile:
         profile = Profile.load(Path(config.policy.profile))
         profile.check(marks)
@@ -73,6 +84,18 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "unknown"
+
+
+def _gpus(reading: Reading | None) -> dict[str, str]:
+    if reading is None:
+        return {"device": "a GPU that does not say its name"}
+    names = sorted(device.name for device in reading.devices)
+    return {
+        "device": names[0],
+        "num_devices": str(len(names)),
+        "other_devices": ", ".join(sorted({*names} - {names[0]})),
+        "driver": reading.driver,
+    }
 
 
 def _cpu_name() -> str:

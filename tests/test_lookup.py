@@ -1,0 +1,143 @@
+"""Prompt lookup: what it proposes, how sure it is, and that it is chosen where it pays."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import drive, make_core, make_request
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from paged_lm import PagedLM
+
+from specserve.batch import Draft
+from specserve.core import SpecServe
+from specserve.engines.paged_model import FlatBatch
+from specserve.lookup import NGRAMS, PromptLookup
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "max_tokens", "expected"),
+    [
+        pytest.param([1, 2, 3, 4, 1, 2], 3, [3, 4, 1], id="what followed the same two tokens"),
+        pytest.param([1, 2, 3, 4, 1, 2], 1, [3], id="no more than asked for"),
+        pytest.param([1, 2, 7, 1, 2, 8, 1, 2], 1, [8], id="the latest place counts"),
+        pytest.param([5, 1, 2, 3, 7, 6, 1, 2, 3, 8, 5, 1, 2, 3], 1, [7], id="a longer match first"),
+        pytest.param([1, 1, 1, 1], 2, [1], id="up to the end of what is known"),
+        pytest.param([1, 2, 3, 4], 3, None, id="nothing stood before"),
+        pytest.param([1, 2, 1], 3, None, id="one token is no match"),
+        pytest.param([1, 2, 3, 1, 2], 0, None, id="no room"),
+        pytest.param([], 3, None, id="no tokens"),
+    ],
+)
+def test_proposes_what_followed_the_same_tokens(
+    token_ids: list[int], max_tokens: int, expected: list[int] | None
+) -> None:
+    draft = PromptLookup().propose(1, token_ids, max_tokens)
+    assert (draft and draft.token_ids) == expected
+
+
+def test_a_longer_match_is_surer() -> None:
+    lookup = PromptLookup()
+    short = lookup.propose(1, [9, 1, 2, 5, 8, 1, 2], 1)
+    long = lookup.propose(2, [8, 1, 2, 5, 8, 1, 2], 1)
+    assert short is not None
+    assert long is not None
+    assert short.confidences == [3 / 4]  # two tokens agreed
+    assert long.confidences == [4 / 5]
+
+
+def propose_slowly(token_ids: list[int], max_tokens: int) -> list[int] | None:
+    for n in NGRAMS:
+        for end in range(len(token_ids) - 1, n - 1, -1):
+            if token_ids[end - n : end] == token_ids[-n:]:
+                return token_ids[end : end + max_tokens]
+    return None
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=60),
+    st.lists(st.integers(1, 9), min_size=1, max_size=20),
+)
+def test_tokens_that_arrive_in_pieces_are_found_as_in_one(
+    token_ids: list[int], pieces: list[int]
+) -> None:
+    lookup, known = PromptLookup(), 0
+    for size in [*pieces, len(token_ids)]:
+        known = min(known + size, len(token_ids))
+        draft = lookup.propose(1, token_ids[:known], 4)
+        assert (draft and draft.token_ids) == propose_slowly(token_ids[:known], 4)
+
+
+def test_requests_do_not_see_each_others_tokens_and_are_forgotten() -> None:
+    lookup = PromptLookup()
+    assert lookup.propose(1, [1, 2, 3, 1, 2], 1) == Draft([3], [3 / 4])
+    assert lookup.propose(2, [1, 2], 1) is None
+    lookup.release([1, 99])
+    assert lookup.propose(1, [1, 2], 1) is None
+
+
+# -- in a core ---------------------------------------------------------------------------------
+
+
+class MarkovLM(PagedLM):
+    """Looks at the last token only, so its greedy text soon goes round in a circle."""
+
+    def _read(self, batch: FlatBatch, i: int) -> NDArray[np.uint64]:
+        super()._read(batch, i)
+        last = batch.token_ids[batch.begins[i] : batch.begins[i + 1]].astype(np.uint64)
+        return (last + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+
+
+def circling_core(draft: PagedLM) -> SpecServe:
+    return make_core("specserve", target=MarkovLM(), draft=draft)
+
+
+def test_ngram_never_asks_the_draft_model() -> None:
+    draft = PagedLM()
+    core = circling_core(draft)
+    request = make_request([1, 2, 3], 200, draft_source="ngram")
+    drive(core, [request])
+    assert draft.num_calls == 0
+    assert request.num_accepted_tokens > 50
+
+
+def test_model_never_looks_up() -> None:
+    core = circling_core(PagedLM(noise=1.5))
+    core.scheduler.submit(make_request([1, 2, 3] * 4, 40, draft_source="model"))
+    while core.scheduler.has_work:
+        assert all(row.lookup is None for row in core.scheduler.schedule(0.0).rows)
+        core.step()
+
+
+def test_auto_turns_to_the_lookup_when_the_draft_model_knows_nothing() -> None:
+    draft = PagedLM(noise=8.0, scale=-1.0)
+    core = circling_core(draft)
+    request = make_request([1, 2, 3], 240, draft_source="auto")
+    drive(core, [request])
+    assert request.num_accepted_tokens > 150
+    assert draft.num_calls < core.stats.num_steps / 2
+
+
+def test_auto_is_never_worse_than_either_source_alone() -> None:
+    """In steps, on a text that circles and with a draft model that agrees half the time."""
+
+    def steps(source: str) -> int:
+        core = circling_core(PagedLM(noise=1.5))
+        drive(core, [make_request([i, 2, 3], 120, draft_source=source) for i in range(4)])
+        return core.stats.num_steps
+
+    assert steps("auto") <= 1.1 * min(steps("ngram"), steps("model"))
+
+
+def test_sources_mix_in_a_batch() -> None:
+    core = circling_core(PagedLM(noise=0.5))
+    requests = [
+        make_request([5, 6, 5, 6], 80, draft_source=source)
+        for source in ("model", "ngram", "auto", "none")
+    ]
+    outputs = drive(core, requests)
+    assert all(output == outputs[0] for output in outputs)
+    drafted = {r.draft_source: r.num_drafted_tokens for r in requests}
+    assert min(drafted["model"], drafted["ngram"], drafted["auto"]) > 0
+    assert drafted["none"] == 0
