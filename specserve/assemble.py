@@ -9,14 +9,16 @@ from specserve.block_manager import BlockManager
 from specserve.config import Config
 from specserve.core import SpecServe
 from specserve.engines import DraftEngine, EngineInfo, TargetEngine
-from specserve.engines.guarded import GuardedDraftEngine
+from specserve.engines.guarded import GuardedDraftEngine, Keeper
 from specserve.pacing import Pacer
 from specserve.policies import Policy, make_policy, needs_profile
 from specserve.policies.fixed import FixedPolicy
 from specserve.predictor.measure import measure
+from specserve.predictor.profile import Profile
 from specserve.predictor.step_time import StepTimeModel
 from specserve.predictor.store import load_or_measure
 from specserve.scheduler import Scheduler
+from specserve.telemetry import make_telemetry
 
 
 def assemble(
@@ -25,12 +27,14 @@ def assemble(
     info: EngineInfo | None = None,
     draft_engine: DraftEngine | None = None,
     target_engine: TargetEngine | None = None,
+    draft_keeper: Keeper | None = None,
     policy: Policy | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> SpecServe:
     """Make scheduler and step; load in this process the engines that are not given.
 
     Args:
+        draft_keeper: what replaces the draft engine when it fails; None is for one of this process.
         policy: None makes the configured one, see `prepare`.
 
     Raises:
@@ -53,8 +57,10 @@ def assemble(
         config.slo,
         config.policy.max_draft_tokens,
     )
-    guarded = GuardedDraftEngine(draft, config.server.draft_retry_s, clock)
+    retry_s = config.server.draft_retry_s
+    guarded = GuardedDraftEngine(draft, info.vocab_size, retry_s, clock, draft_keeper)
     core = SpecServe(scheduler, first, guarded, target, clock)
+    core.telemetry = scheduler.admission.telemetry = make_telemetry(config)
     if policy is None:
         prepare(core, config, info)
     return core
@@ -68,8 +74,11 @@ def prepare(core: SpecServe, config: Config, info: EngineInfo) -> None:
     if not needs_profile(config.policy.name):
         core.use(make_policy(config.policy), None)
         return
-    profile = load_or_measure(
-        config, lambda marks: measure(core.draft_engine.inner, core.target_engine, info, marks)
-    )
-    step_time = StepTimeModel(profile)
+
+    def measured(marks: dict[str, str]) -> Profile:
+        profile = measure(core.draft_engine.inner, core.target_engine, info, marks)
+        return replace(profile, clocks=core.telemetry.clocks)
+
+    profile = load_or_measure(config, measured, core.telemetry.reading)
+    step_time = StepTimeModel(profile, core.telemetry)
     core.use(make_policy(config.policy, step_time), Pacer(step_time))

@@ -40,15 +40,17 @@ class BlockManager:
         missing = self.blocks_for(num_tokens) - len(table)
         if missing > len(self._free):
             return False
-        for _ in range(missing):
-            table.append(self._free.pop())
+        if missing > 0:
+            table += self._free[: -missing - 1 : -1]
+            del self._free[-missing:]
         return True
 
     def truncate(self, table: list[int], num_tokens: int) -> None:
         """Give back, in place, the blocks of `table` beyond [0, num_tokens)."""
         keep = self.blocks_for(num_tokens)
-        self._free.extend(reversed(table[keep:]))
-        del table[keep:]
+        if keep < len(table):
+            self._free += table[: keep - 1 : -1] if keep else table[::-1]
+            del table[keep:]
 
     def release(self, table: list[int]) -> None:
         """Give back every block of `table` and empty it."""

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 CONFIG_ENV = "SPECSERVE_CONFIG"
-DEMO_PAIR = Path(__file__).resolve().parent.parent / "build_engines" / "demo_pair" / "openvino"
+CHECKPOINTS = Path(__file__).resolve().parent.parent / "build_engines" / "demo_pair"
+DEMO_PAIR = CHECKPOINTS / "openvino"
+DEMO_PAIRS = {"torch": CHECKPOINTS}  # of the engines that do not run DEMO_PAIR
 
 T = TypeVar("T")
 
@@ -27,18 +29,30 @@ class EngineConfig:
 
     Attributes:
         name: an entry of `specserve.engines.ENGINES`.
-        dir: folder with `target/` and `draft/`, each an engine folder with a manifest.
-        precision: arithmetic of the forward pass, `f32` or `bf16`. In f32, greedy output does not
-            depend on what else is in the batch; bf16 is faster and may flip an argmax tie.
+        dir: folder with `target/` and `draft/`, each an engine folder with a manifest; empty takes
+            the demo pair, as this engine reads it.
+        precision: arithmetic of the forward pass, `f32`, `bf16` or, on `torch`, `f16`. In f32,
+            greedy output does not depend on what else is in the batch; the others are faster and
+            may flip an argmax tie.
+        device: of the `torch` engine, `cpu` or `cuda`.
+        compile: `torch` on a GPU: fuse each layer's small kernels. Faster, but the first start
+            takes a minute more.
         num_threads: CPU threads of each engine; 0 takes all cores.
-        block_size: token slots of a KV block; the CPU kernels support 32.
+        block_size: token slots of a KV block; the CPU kernels of `openvino` support 32.
     """
 
     name: str = "openvino"
-    dir: str = str(DEMO_PAIR)
+    dir: str = ""
     precision: str = "f32"
+    device: str = "cpu"
+    compile: bool = False
     num_threads: int = 0
     block_size: int = 32
+
+    def __post_init__(self) -> None:
+        """Fill in the demo pair."""
+        if not self.dir:
+            object.__setattr__(self, "dir", str(DEMO_PAIRS.get(self.name, DEMO_PAIR)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +65,8 @@ class SchedulerConfig:
         prefill_chunk_tokens: prompt tokens of a step, all rows together.
         kv_cache_tokens: token slots of each engine's KV cache.
         max_seq_len: prompt and output tokens of a request; 0 takes the engine's own limit.
+        max_waiting_requests: more are refused, but for classes that have less than their share.
+        max_waiting_tokens: the same for the prompt tokens of those that wait.
     """
 
     max_num_seqs: int = 64
@@ -58,6 +74,8 @@ class SchedulerConfig:
     prefill_chunk_tokens: int = 256
     kv_cache_tokens: int = 32768
     max_seq_len: int = 0
+    max_waiting_requests: int = 512
+    max_waiting_tokens: int = 131072
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +86,8 @@ class PolicyConfig:
         name: an entry of `specserve.policies.POLICIES`.
         num_draft_tokens: draft length of the `fixed` policy.
         max_draft_tokens: hard cap per row and step, for every policy.
+        draft_source: of requests that name none: `model`, `ngram` (prompt lookup), `auto` (what
+            promises more, step by step), or `none`.
         min_survival: `adaptive` stops a row when the calibrated probability that its whole draft
             is accepted falls below this.
         profile: file written by `specserve profile`; empty takes the stored one of this machine
@@ -84,6 +104,7 @@ class PolicyConfig:
     name: str = "specserve"
     num_draft_tokens: int = 4
     max_draft_tokens: int = 8
+    draft_source: str = "auto"
     min_survival: float = 0.35
     profile: str = ""
     confidence_threshold: float = 0.4
@@ -101,20 +122,32 @@ class SLOConfig:
         reject_late_classes: requests of these priority classes are refused early, with the
             predicted wait, when they cannot meet their TTFT; others are served as well as can be.
         best_effort_ttft_s: a request without a TTFT objective waits in line as if it had this one.
+        shares: weight of each priority class while several wait, `{interactive = 4, batch = 1}`;
+            all classes not named have 1 together.
     """
 
     reject_late_classes: tuple[str, ...] = ("interactive",)
     best_effort_ttft_s: float = 30.0
+    shares: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class LimitsConfig:
-    """What one request may ask for."""
+    """What one request may ask for.
 
-    max_text_bytes: int = 1_048_576
+    Attributes:
+        max_text_bytes: of a prompt; tokenizing one takes about 4 s per megabyte.
+        max_parameters: Triton's request parameters, which is what unknown HTTP keys become.
+        max_request_s: a request that has not ended after this long fails, whatever timeout it asks
+            for.
+    """
+
+    max_text_bytes: int = 262_144
     max_words: int = 64
     max_word_bytes: int = 1024
     max_logit_bias: int = 1024
+    max_parameters: int = 64
+    max_request_s: float = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +156,61 @@ class ServerConfig:
 
     Attributes:
         exclude_input_in_output: default of the tensor of that name.
-        draft_retry_s: after a failure of the draft engine, wait this long before trying it again.
+        draft_retry_s: after a failure of the draft engine, wait this long before trying it again;
+            twice as long after every further one.
+        draft_timeout_s: a draft call that takes longer is given up, and the draft model's process
+            is replaced; what drafts in that step is late by as much.
+        target_timeout_s: the same for the target model; what is in flight fails then.
     """
 
     exclude_input_in_output: bool = True
     draft_retry_s: float = 5.0
+    draft_timeout_s: float = 5.0
+    target_timeout_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class TelemetryConfig:
+    """What the GPU says of itself.
+
+    Attributes:
+        source: `nvml` or `none`; `auto` is `nvml` for engines that need a GPU.
+        devices: indices or UUIDs of the GPUs or MIG instances that the engines run on; empty takes
+            CUDA_VISIBLE_DEVICES, and every device if that is not set.
+        interval_s: between two readings.
+        stale_after_s: an older reading is not used.
+        min_free_bytes: with less free device memory than this, fewer requests are let in.
+    """
+
+    source: str = "auto"
+    devices: tuple[str, ...] = ()
+    interval_s: float = 0.25
+    stale_after_s: float = 5.0
+    min_free_bytes: int = 268_435_456
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAIConfig:
+    """The OpenAI endpoint.
+
+    Attributes:
+        model_name: what clients call the model.
+        chat_template: file with a Jinja template; empty takes the tokenizer's own, or a plain one
+            if it has none.
+        api_key_file: file with a bearer token in each line; empty lets everybody in.
+        tls_cert_file: PEM file of the certificate chain; empty speaks plain HTTP.
+        tls_key_file: PEM file of its private key.
+        max_body_bytes: size of a request body.
+        max_choices: generations behind one request: prompts times `n`.
+    """
+
+    model_name: str = "specserve"
+    chat_template: str = ""
+    api_key_file: str = ""
+    tls_cert_file: str = ""
+    tls_key_file: str = ""
+    max_body_bytes: int = 4_194_304
+    max_choices: int = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +223,8 @@ class Config:
     slo: SLOConfig = field(default_factory=SLOConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    openai: OpenAIConfig = field(default_factory=OpenAIConfig)
 
 
 def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -205,6 +290,11 @@ def _convert(expected: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where} is {value!r}, expected a list")
         kind = typing.get_args(expected)[0]
         return tuple(_convert(kind, item, f"{where}[{i}]") for i, item in enumerate(value))
+    if typing.get_origin(expected) is dict:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} is {value!r}, expected a table")
+        kind = typing.get_args(expected)[1]
+        return {key: _convert(kind, item, f"{where}.{key}") for key, item in value.items()}
     if typing.get_origin(expected) in (typing.Union, types.UnionType):
         expected = typing.get_args(expected)
     else:
@@ -232,11 +322,13 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     table[key] = value
 
 
-def _toml(value: bool | int | float | str | tuple[str, ...]) -> str:
+def _toml(value: bool | int | float | str | tuple[str, ...] | dict[str, float]) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml(key)} = {_toml(v)}" for key, v in value.items()) + "}"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace(
             "\x7f", "\\u007f"

@@ -4,12 +4,14 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from specserve.batch import Batch, Draft, StepRecord
-from specserve.engines import TargetEngine
+from specserve.engines import TargetEngine, isolated
 from specserve.engines.guarded import GuardedDraftEngine
 from specserve.pacing import Pacer
 from specserve.policies import Policy
 from specserve.scheduler import Scheduler, StepOutput
 from specserve.stats import Stats
+from specserve.telemetry.state import NoTelemetry, Telemetry
+from specserve.trace import trace_of
 
 T = TypeVar("T")
 Clock = Callable[[], float]
@@ -31,6 +33,7 @@ class SpecServe:
         self.draft_engine = draft_engine
         self.target_engine = target_engine
         self.clock = clock
+        self.telemetry: Telemetry = NoTelemetry()
         self.stats = Stats()
 
     def use(self, policy: Policy, pacer: Pacer | None) -> None:
@@ -41,16 +44,19 @@ class SpecServe:
     def step(self) -> list[StepOutput]:
         """Advance every scheduled request; return what each of them got."""
         started = self.clock()
+        if self.draft_engine.take_lost_kv():
+            self.scheduler.forget_draft_kv()
         batch = self.scheduler.schedule(started)  # base tokens for every row; a draft plan
         self._release()
-        drafts, draft_s = self._timed(lambda: self.draft_engine.draft(batch))
+        drafts, draft_s = self._timed(lambda: self._draft(batch))
         chosen = self._select(batch, drafts)  # which draft tokens the target will look at
-        outputs, verify_s = self._timed(lambda: self.target_engine.verify(batch, chosen))
+        outputs, verify_s = self._timed(lambda: isolated.verify(self.target_engine, batch, chosen))
         now = self.clock()
         results = self.scheduler.commit(batch, drafts, chosen, outputs, now)
         record = StepRecord(batch, drafts, chosen, outputs, draft_s, verify_s)
+        self._explain(record, results, now)
         self.policy.observe(record)
-        self.stats.add(record, self.clock() - started)
+        self.stats.add(record, self.policy.decision, self.clock() - started)
         return results
 
     def _timed(self, call: Callable[[], T]) -> tuple[T, float]:
@@ -58,10 +64,24 @@ class SpecServe:
         result = call()
         return result, self.clock() - started
 
+    def _draft(self, batch: Batch) -> list[Draft]:
+        """Take what prompt lookup proposes, and the draft model's proposals for the other rows."""
+        drafts = self.draft_engine.draft(batch)
+        return [row.lookup or draft for row, draft in zip(batch.rows, drafts, strict=True)]
+
     def _select(self, batch: Batch, drafts: Sequence[Draft]) -> list[list[int]]:
         """Cut each draft to the length the policy chose without having seen its tokens."""
         lengths = self.policy.select(batch, [draft.confidences for draft in drafts])
         return [draft.token_ids[:n] for draft, n in zip(drafts, lengths, strict=True)]
+
+    def _explain(self, record: StepRecord, results: Sequence[StepOutput], now: float) -> None:
+        """Note what the step did in the traces of the requests that want one."""
+        rows = {row.key: i for i, row in enumerate(record.batch.rows)}
+        for request in (output.request for output in results):
+            if request.trace is not None:
+                at_s = now - request.arrival_s
+                index = rows[request.key]
+                request.trace.append(trace_of(record, self.policy.decision, index, at_s))
 
     def _release(self) -> None:
         keys = self.scheduler.take_released()

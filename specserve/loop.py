@@ -4,7 +4,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-from specserve.admission import Rejected
+from specserve.admission import Rejected, TimedOut
 from specserve.core import SpecServe
 from specserve.request import FinishReason, Request
 from specserve.scheduler import StepOutput
@@ -99,7 +99,19 @@ class Loop:
             for action in inbox:
                 self._guarded(action)
             if self.core.scheduler.has_work:
+                self._guarded(self._expire)
+            if self.core.scheduler.has_work:
                 self._step()
+
+    def _expire(self) -> None:
+        scheduler = self.core.scheduler
+        for request in scheduler.expired(self.core.clock()):
+            scheduler.abort(request.key, FinishReason.TIMEOUT)
+            error = TimedOut(
+                f"the request has not ended within its timeout of {request.timeout_s:g} s, it has "
+                f"{request.num_output_tokens} tokens: allow more time, or try again later"
+            )
+            self._on_error([request], error)
 
     def _guarded(self, action: Callable[[], object]) -> None:
         """Run what a client asked for, or what answers one: it must not end the loop."""

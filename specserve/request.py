@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from specserve.sampling_params import SamplingParams
+from specserve.trace import StepTrace
 
 _KEYS = itertools.count(1)
 
@@ -16,6 +17,7 @@ class FinishReason(Enum):
     END_ID = "end_id"
     STOP_WORD = "stop_word"
     CANCELLED = "cancelled"
+    TIMEOUT = "timeout"
     REJECTED = "rejected"
     ERROR = "error"
 
@@ -42,7 +44,11 @@ class Request:
         key: unique in this process; what engines know the request by.
         request_id: the client's own, possibly empty, possibly not unique.
         max_draft_tokens: cap of this request; None leaves it to the policy, 0 is plain decoding.
+        timeout_s: time from arrival to the last token, after which the request fails; None is for
+            ever.
         num_draft_tokens: a fixed draft length asked for, overriding the policy's.
+        draft_source: see `Row`.
+        trace: filled with every step if it is a list; None keeps nothing.
     """
 
     prompt_token_ids: list[int]
@@ -51,8 +57,11 @@ class Request:
     request_id: str = ""
     slo: SLO = field(default_factory=SLO)
     priority_class: str = ""
+    timeout_s: float | None = None
     max_draft_tokens: int | None = None
     num_draft_tokens: int | None = None
+    draft_source: str = "model"
+    trace: list[StepTrace] | None = None
     key: int = field(default_factory=lambda: next(_KEYS))
     arrival_s: float = 0.0
 
@@ -63,6 +72,7 @@ class Request:
     block_table: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
+    predicted_ttft_s: float | None = None
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
@@ -90,6 +100,11 @@ class Request:
     def num_uncomputed_tokens(self) -> int:
         """The gap: known tokens whose target KV is missing."""
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def expires_s(self) -> float:
+        """When the request must have ended."""
+        return float("inf") if self.timeout_s is None else self.arrival_s + self.timeout_s
 
     @property
     def num_draftable_tokens(self) -> int:

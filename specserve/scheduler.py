@@ -4,18 +4,18 @@ Owns the queues, the requests' counters and the block tables. Knows no tensors a
 to draft is the policy's decision, within the limits set here.
 """
 
-from bisect import insort
-from collections import deque
 from dataclasses import dataclass
 
 from specserve.admission import Admission
-from specserve.batch import Batch, Draft, Row, Verified
+from specserve.batch import Batch, Draft, DraftPlan, Row, Verified
 from specserve.block_manager import BlockManager
 from specserve.config import SchedulerConfig, SLOConfig
-from specserve.pacing import Pacer, owed_tokens, slack_s
+from specserve.lookup import PromptLookup
+from specserve.pacing import AIM, Pacer, owed_tokens, slack_s
 from specserve.policies import Policy
 from specserve.request import FinishReason, Request
 from specserve.stop_rules import StopRule
+from specserve.waiting import WaitingQueue
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,9 @@ class Scheduler:
     tokens recomputed later) when memory runs out. There are no phases: a prompt, a chunk of it and
     a decoded token are all base tokens.
 
-    Requests wait in order of their TTFT deadlines. With a `Pacer`, prompt chunks are cut so that
-    decoding rows stay on schedule, and requests that would be late can be refused early.
+    Requests wait in order of their TTFT deadlines, and their classes by their shares. With a
+    `Pacer`, prompt chunks are cut so that decoding rows stay on schedule, and requests that would
+    be late can be refused early.
 
     Args:
         max_draft_tokens: hard cap of a row and step, whatever policy and request ask for.
@@ -61,12 +62,15 @@ class Scheduler:
         self.config = config
         self.blocks = blocks
         self.policy = policy
-        self.admission = Admission(config, blocks, slo or SLOConfig())
+        slo = slo or SLOConfig()
+        self.admission = Admission(config, blocks, slo)
         self.max_draft_tokens = max_draft_tokens
-        self.waiting: deque[Request] = deque()
+        self.lookup = PromptLookup()
+        self.waiting = WaitingQueue(self.admission.deadline_s, slo.shares)
         self.running: list[Request] = []
         self._requests: dict[int, Request] = {}
         self._released: list[int] = []
+        self._next_expiry_s = float("inf")
         self.num_preemptions = 0
 
     @property
@@ -81,16 +85,17 @@ class Scheduler:
     # -- requests in and out -------------------------------------------------------------------
 
     def submit(self, request: Request, now: float = 0.0) -> None:
-        """Queue a request behind those whose first token is due earlier.
+        """Queue a request.
 
         Raises:
             ValueError: if it could never run, naming the value, the limit and the fix.
-            Rejected: if it would be late and its class wants to be told early.
+            Rejected: if the queue is full, or it would be late and its class is told early.
         """
         self.check(request)
-        self.admission.reject_late(request, self.waiting, self.running, now)
+        self.admission.reject(request, self.waiting, self.running, now)
         self._requests[request.key] = request
-        insort(self.waiting, request, key=self.admission.deadline_s)
+        self._next_expiry_s = min(self._next_expiry_s, request.expires_s)
+        self.waiting.put(request)
 
     def check(self, request: Request) -> None:
         """Refuse a request that could never run, as `submit` does; from any thread."""
@@ -108,9 +113,18 @@ class Scheduler:
         self._finish(request, reason)
         return request
 
+    def expired(self, now: float) -> list[Request]:
+        """Return the requests whose time is over, for the caller to abort."""
+        if now < self._next_expiry_s:
+            return []
+        later = [r.expires_s for r in self._requests.values() if r.expires_s > now]
+        self._next_expiry_s = min(later, default=float("inf"))
+        return [r for r in self._requests.values() if r.expires_s <= now]
+
     def take_released(self) -> list[int]:
         """Return, once, the keys whose state engines may drop."""
         released, self._released = self._released, []
+        self.lookup.release(released)
         return released
 
     @property
@@ -146,12 +160,21 @@ class Scheduler:
         results = []
         for row, draft, choice, verified in zip(batch.rows, drafts, chosen, outputs, strict=True):
             request = self._requests[row.key]
+            if verified.failed:
+                self.abort(row.key, FinishReason.ERROR)
+                results.append(StepOutput(request, [], [], FinishReason.ERROR))
+                continue
             self._advance(request, row, draft, verified)
             if row.samples:
                 results.append(self._append(request, draft, choice, verified, now))
             if not request.is_finished:
                 self.blocks.truncate(request.block_table, request.num_tokens)
         return results
+
+    def forget_draft_kv(self) -> None:
+        """Take what the draft engine has computed for gone; it catches up when it drafts again."""
+        for request in self.running:
+            request.num_draft_computed_tokens = 0
 
     def check_integrity(self) -> None:
         """Assert that queues, counters and block tables agree."""
@@ -201,15 +224,14 @@ class Scheduler:
 
     def _admit(self, budget: int, chosen: dict[int, int], now: float) -> None:
         while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
-            request = self.waiting[0]
+            request = self.waiting.next()
             size = min(request.num_uncomputed_tokens, budget)
-            # One spare block for each running row, so that admission does not cause preemption.
-            spare = self.blocks.num_free_blocks - len(self.running)
+            spare = self.admission.num_spare_blocks(len(self.running))
             if self.running and self.blocks.blocks_for(size) > spare:
                 return
             if not self.blocks.extend(request.block_table, size):
                 return
-            self.waiting.popleft()
+            self.waiting.take(request)
             self.running.append(request)
             if request.first_scheduled_s is None:
                 request.first_scheduled_s = now
@@ -245,7 +267,7 @@ class Scheduler:
         request.num_preemptions += 1
         self.num_preemptions += 1
         self._released.append(request.key)
-        self.waiting.appendleft(request)
+        self.waiting.put_first(request)
 
     # -- drafts --------------------------------------------------------------------------------
 
@@ -259,15 +281,25 @@ class Scheduler:
             block_table=request.block_table,
             num_prompt_tokens=request.num_prompt_tokens,
             sampling=request.sampling,
-            owed_tokens=owed_tokens(request, now),
-            tpot_s=request.slo.tpot_s,
+            draft_source=request.draft_source,
+            owed_tokens=owed_tokens(request, now, AIM),
+            tpot_s=request.slo.tpot_s and AIM * request.slo.tpot_s,
         )
-        if request.num_uncomputed_tokens == 1:  # a prompt's first token does not wait for a draft
-            wishes = (request.max_draft_tokens, request.num_draft_tokens)
-            limits = [self.max_draft_tokens, request.num_draftable_tokens]
-            row.max_draft_tokens = min(limits + [n for n in wishes if n is not None])
-            row.has_fixed_draft = request.num_draft_tokens is not None
+        # A prompt's first token does not wait for a draft.
+        if request.num_uncomputed_tokens == 1 and request.draft_source != "none":
+            self._allow_draft(row, request)
         return row
+
+    def _allow_draft(self, row: Row, request: Request) -> None:
+        wishes = (request.max_draft_tokens, request.num_draft_tokens)
+        limits = [self.max_draft_tokens, request.num_draftable_tokens]
+        cap = min(limits + [n for n in wishes if n is not None])
+        if request.draft_source != "model":
+            row.lookup = self.lookup.propose(request.key, request.token_ids, cap)
+        if request.draft_source == "ngram":
+            cap = len(row.lookup.token_ids) if row.lookup else 0
+        row.max_draft_tokens = cap
+        row.has_fixed_draft = request.num_draft_tokens is not None
 
     def _plan_drafts(self, rows: list[Row], requests: list[Request]) -> StopRule | None:
         """Ask the policy, then cut its plan to the step's token budget and the free memory."""
@@ -277,9 +309,16 @@ class Scheduler:
             wanted = row.max_draft_tokens
             if not row.has_fixed_draft:
                 wanted = min(wanted, plan.max_draft_tokens[i])
-            row.max_draft_tokens = self._reserve_draft(request, min(wanted, budget))
-            budget -= row.max_draft_tokens
-            if row.max_draft_tokens:
+            _choose_source(row, plan, i)
+            row.is_draft_sampled = plan.is_sampled and not row.sampling.is_greedy
+            if row.lookup:
+                wanted = min(wanted, len(row.lookup.token_ids))
+            num_tokens = self._reserve_draft(request, min(wanted, budget))
+            budget -= num_tokens
+            row.max_draft_tokens = 0 if row.lookup else num_tokens
+            if row.lookup:
+                row.lookup = row.lookup.first(num_tokens)
+            elif num_tokens:
                 start = row.num_draft_computed_tokens = request.num_draft_computed_tokens
                 row.catch_up_token_ids = request.token_ids[start:]
         return plan.stop_rule
@@ -299,7 +338,7 @@ class Scheduler:
         """Move both counters over what is now valid, before the outputs are appended."""
         accepted = verified.num_accepted_tokens
         request.num_computed_tokens += len(row.token_ids) + accepted
-        if draft.token_ids:
+        if draft.token_ids and not row.lookup:
             # The draft engine saw all known tokens and its own proposals but the last.
             seen = min(accepted, len(draft.token_ids) - 1)
             request.num_draft_computed_tokens = request.num_tokens + seen
@@ -320,6 +359,7 @@ class Scheduler:
             reason = FinishReason.LENGTH
         if request.first_token_s is None:
             request.first_token_s = now
+            self.admission.learn(request)
         else:
             request.num_decode_steps += 1
         request.last_token_s = now
@@ -333,3 +373,10 @@ class Scheduler:
         request.finish_reason = reason
         del self._requests[request.key]
         self._released.append(request.key)
+
+
+def _choose_source(row: Row, plan: DraftPlan, index: int) -> None:
+    """Keep a row's lookup if that is what it proposes."""
+    is_chosen = plan.uses_lookup is not None and plan.uses_lookup[index]
+    if row.draft_source != "ngram" and not is_chosen:
+        row.lookup = None

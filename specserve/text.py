@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-__all__ = ["TextStream", "load_tokenizer"]
+__all__ = ["TextStream", "encode", "load_tokenizer"]
 
 
 def load_tokenizer(engine_dir: Path) -> Tokenizer:
@@ -19,6 +19,15 @@ def load_tokenizer(engine_dir: Path) -> Tokenizer:
     if not path.is_file():
         raise ValueError(f"{engine_dir} has no tokenizer.json: build the engine again")
     return Tokenizer.from_file(str(path))
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the tokens of a prompt, leaving Python to other threads meanwhile.
+
+    NOTE: `Tokenizer.encode` keeps Python's lock, for seconds if the prompt is a megabyte.
+    """
+    token_ids: list[int] = tokenizer.encode_batch_fast([text])[0].ids
+    return token_ids
 
 
 class TextStream:

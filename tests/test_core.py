@@ -20,13 +20,14 @@ from specserve.engines import EngineInfo
 from specserve.engines.guarded import GuardedDraftEngine
 from specserve.engines.model_draft import ModelDraftEngine
 from specserve.engines.model_target import ModelTargetEngine
+from specserve.policies import Unexplained
 from specserve.policies.fixed import FixedPolicy
 
 FIXED = PolicyConfig(name="fixed", num_draft_tokens=3)
 INFO = EngineInfo(vocab_size=17, max_seq_len=64, num_blocks=16, block_size=4)
 
 
-class Scripted:
+class Scripted(Unexplained):
     """Draft engine, target engine and policy in one, writing down what it is asked."""
 
     def __init__(self) -> None:
@@ -171,14 +172,24 @@ def test_speculation_comes_back_once_the_retry_time_has_passed() -> None:
     assert core.stats.num_accepted_tokens == 3  # the draft is the target: it caught up rightly
 
 
-def test_each_failure_starts_the_wait_anew() -> None:
+def test_each_failure_doubles_the_wait() -> None:
     clock, draft = FakeClock(), FlakyLM(failure_rate=1.0)
     core = make_core(FIXED, draft=draft, clock=clock, draft_retry_s=5.0)
     core.scheduler.submit(make_request([1, 2], 100))
-    for now in (0.0, 1.0, 3.0, 6.0, 8.0, 10.9, 11.0):
+    for now in (0.0, 1.0, 3.0, 6.0, 8.0, 15.9, 16.0):
         clock.now = now
         core.step()
-    assert core.draft_engine.num_failures == draft.num_failures == 3  # at 1, 6 and 11
+    assert core.draft_engine.num_failures == draft.num_failures == 3  # at 1, 6 and 16
+
+
+def test_a_failure_long_after_the_last_one_waits_as_the_first_did() -> None:
+    clock, draft = FakeClock(), FlakyLM(failure_rate=1.0)
+    core = make_core(FIXED, draft=draft, clock=clock, draft_retry_s=5.0)
+    core.scheduler.submit(make_request([1, 2], 100))
+    for now in (0.0, 1.0, 6.0, 100.0, 105.0):
+        clock.now = now
+        core.step()
+    assert draft.num_failures == 4  # at 1, 6, 100 and 105
 
 
 class FailsToRelease(Scripted):
@@ -201,7 +212,7 @@ def test_a_draft_engine_that_fails_to_release_harms_no_request() -> None:
 
 
 def test_a_guard_asks_for_nothing_where_nothing_may_be_drafted() -> None:
-    guard = GuardedDraftEngine(FailsToRelease(), 5.0, FakeClock())
+    guard = GuardedDraftEngine(FailsToRelease(), 64, 5.0, FakeClock())
     row = Row(key=1, num_computed_tokens=0, token_ids=[1], samples=True, block_table=[0])
     assert guard.draft(Batch([row])) == [Draft()]
     assert guard.inner.calls == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from specserve.engines import wire
 from specserve.engines.model_draft import ModelDraftEngine
 from specserve.engines.model_target import ModelTargetEngine
 from specserve.engines.triton import TritonDraftEngine, TritonTargetEngine
+from specserve.request import FinishReason
 from specserve.sampling_params import MAX_SEED, SamplingParams
 from specserve.stop_rules import RULES, StopRule, SurvivalRule, decode_rule, encode_rule
 
@@ -66,6 +67,20 @@ draft_rows = st.builds(
     max_draft_tokens=st.integers(1, 99),
     num_draft_computed_tokens=st.integers(0, 9999),
     catch_up_token_ids=some_ids,
+    num_prompt_tokens=st.integers(1, 9999),
+)
+draft_samplings = st.builds(
+    SamplingParams,
+    temperature=unit.filter(bool),
+    min_p=unit,
+    top_k=st.integers(2, 2**24),
+    top_p=unit.filter(bool),
+    seed=st.integers(0, MAX_SEED),
+)
+sampled_draft_rows = st.builds(
+    lambda row, sampling: replace(row, sampling=sampling, is_draft_sampled=True),
+    draft_rows,
+    draft_samplings,
 )
 
 
@@ -87,7 +102,10 @@ def test_verification_arrives_as_it_left(rows: list[Row], data: st.DataObject) -
     assert wire.VerifyDecoder()(arrays) == (Batch(rows), chosen, released)
 
 
-@given(rows=st.lists(draft_rows, min_size=1, max_size=4).map(with_keys), data=st.data())
+@given(
+    rows=st.lists(draft_rows | sampled_draft_rows, min_size=1, max_size=4).map(with_keys),
+    data=st.data(),
+)
 def test_draft_request_arrives_as_it_left(rows: list[Row], data: st.DataObject) -> None:
     rule = data.draw(st.none() | survival_rules(len(rows)))
     batch = wire.decode_draft_request(wire.encode_draft_request(rows, rule))
@@ -201,9 +219,8 @@ class Loopback:
         """Serve one call."""
         self.num_calls[model] += 1
         for name, array in arrays.items():
-            assert array.dtype in (np.int32, np.float32, object), name
+            assert array.dtype in (np.int32, np.float32, np.uint64, object), name
         if self.fails:
-            self.decode = wire.VerifyDecoder()  # as after a restart
             raise RuntimeError("the model is gone")
         if model == "draft":
             outputs = wire.encode_drafts(self.draft.draft(wire.decode_draft_request(arrays)))
@@ -257,12 +274,10 @@ def test_the_model_forgets_finished_requests() -> None:
     assert infer.target._histories == {}
 
 
-def test_parameters_are_sent_again_after_a_failure() -> None:
-    """Guards against a restarted target model that knows nothing of the requests in flight."""
+def test_parameters_are_sent_again_after_a_call_that_never_arrived() -> None:
     core, infer = make_wired_core("none", num_blocks=64)
     request = make_request([1, 2], 9, temperature=0.8, seed=4)
     core.scheduler.submit(request)
-    core.step()
     infer.fails = True
     with pytest.raises(RuntimeError, match="the model is gone"):
         core.step()
@@ -271,6 +286,20 @@ def test_parameters_are_sent_again_after_a_failure() -> None:
         core.step()
     expected = plain_decode(infer.target.model, [1, 2], 9, request.sampling)
     assert request.token_ids[2:] == expected
+
+
+def test_target_that_lost_its_kv_never_goes_on_with_the_requests_it_had() -> None:
+    """Guards against a restarted target model: it knows nothing of the requests in flight."""
+    core, infer = make_wired_core("none", num_blocks=64)
+    old, new = make_request([1, 2], 9), make_request([3, 4], 9)
+    core.scheduler.submit(old)
+    core.step()
+    infer.target, infer.decode = ModelTargetEngine(PagedLM(64)), wire.VerifyDecoder()
+    core.scheduler.submit(new)
+    while core.scheduler.has_work:
+        core.step()
+    assert (old.finish_reason, old.num_output_tokens) == (FinishReason.ERROR, 1)
+    assert new.token_ids[2:] == plain_decode(infer.target.model, [3, 4], 9, new.sampling)
 
 
 def test_engine_time_is_what_the_models_say() -> None:

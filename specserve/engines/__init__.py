@@ -13,6 +13,11 @@ from typing import Any, Protocol
 from specserve import manifest
 from specserve.batch import Batch, Draft, Verified
 from specserve.config import Config
+from specserve.engines.captured_sizes import captured_sizes
+
+
+class EngineLost(RuntimeError):
+    """An engine is gone, with all it kept, or gives no answer; the text is for clients."""
 
 
 class DraftEngine(Protocol):
@@ -49,16 +54,21 @@ class TargetEngine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What the orchestrator must know of a pair."""
+    """What the orchestrator must know of a pair.
+
+    Attributes:
+        captured_sizes: numbers of tokens to which passes are padded, rising; empty for none.
+    """
 
     vocab_size: int
     max_seq_len: int
     num_blocks: int
     block_size: int
+    captured_sizes: tuple[int, ...] = ()
 
 
 # Name -> module with `make_draft(config)` and `make_target(config)`.
-ENGINES = {"openvino": "specserve.engines.openvino"}
+ENGINES = {"openvino": "specserve.engines.openvino", "torch": "specserve.engines.torch"}
 
 
 def describe(config: Config) -> EngineInfo:
@@ -74,11 +84,14 @@ def describe(config: Config) -> EngineInfo:
     target = manifest.load(folder / "target")
     manifest.check_pair(manifest.load(folder / "draft"), target)
     block_size = config.engine.block_size
+    limits = config.scheduler
+    is_captured = config.engine.device == "cuda"
     return EngineInfo(
         vocab_size=target.vocab_size,
         max_seq_len=target.max_seq_len,
-        num_blocks=config.scheduler.kv_cache_tokens // block_size,
+        num_blocks=limits.kv_cache_tokens // block_size,
         block_size=block_size,
+        captured_sizes=captured_sizes(limits.max_num_batched_tokens) if is_captured else (),
     )
 
 

@@ -102,31 +102,40 @@ class SimulatedPair:
         if not len(active):
             return drafts
         caps = np.array([row.max_draft_tokens for row in batch.rows])
-        proposed = {int(i): self.process.at(*_place(batch.rows[i]))[0] for i in active}
+        lengths = np.zeros(len(batch.rows), dtype=int)
+        proposed = np.zeros((len(batch.rows), int(caps.max())))
+        for i in active.tolist():
+            row = self.process.at(*_place(batch.rows[i]))[0]
+            proposed[i] = row[: proposed.shape[1]]
         catch_up = sum(len(batch.rows[i].catch_up_token_ids) for i in active)
         rows_of_forwards: list[int] = []
         while len(active):
             position = len(rows_of_forwards)
             rows_of_forwards.append(len(active))
-            confidences = np.array([proposed[i][position] for i in active.tolist()])
-            for i, c in zip(active.tolist(), confidences.tolist(), strict=True):
-                drafts[i].token_ids.append(0)
-                drafts[i].confidences.append(c)
+            lengths[active] = position + 1
             on = caps[active] > position + 1
             if stopper:
-                on &= stopper.goes_on(active, confidences)
+                on &= stopper.goes_on(active, proposed[active, position])
             active = active[on]
+        for i in np.flatnonzero(lengths).tolist():
+            count = int(lengths[i])
+            drafts[i] = Draft([0] * count, proposed[i, :count].tolist())
         self.clock.advance(self.truth.draft_s(rows_of_forwards, catch_up))
         return drafts
 
     def verify(self, batch: Batch, chosen: Sequence[Sequence[int]]) -> list[Verified]:
-        """Accept what the process accepts. See `TargetEngine`."""
+        """Accept what the process accepts. See `TargetEngine`.
+
+        A draft token is 0 and so is what the process accepts; what it does not is 1.
+        """
         outputs = []
         for row, draft in zip(batch.rows, chosen, strict=True):
-            accepted = 0
-            if draft:
-                accepted = min(len(draft), self.process.at(*_place(row))[1])
-            outputs.append(Verified([0] * (accepted + 1) if row.samples else []))
+            if not row.samples:
+                outputs.append(Verified())
+                continue
+            would = self.process.at(*_place(row))[1]
+            accepted = min(len(draft), would)
+            outputs.append(Verified([0] * accepted + [int(would <= accepted)]))
         num_tokens = batch.num_base_tokens + sum(len(draft) for draft in chosen)
         context = sum(row.num_computed_tokens for row in batch.rows)
         prompt = sum(len(row.token_ids) - row.samples for row in batch.rows)

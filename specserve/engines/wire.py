@@ -5,7 +5,7 @@ One INT32 row of counts per request, and everything of variable length laid end 
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from specserve.batch import Batch, Draft, Row, Verified
 from specserve.sampling_params import SamplingParams
 from specserve.stop_rules import StopRule, decode_rule, encode_rule
 
+MAX_TOP_K = 2**24  # beyond any vocabulary, and exact in FP32
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -25,7 +26,7 @@ def encode_draft_request(rows: Sequence[Row], rule: StopRule | None) -> Arrays:
     """Pack rows that draft; `rule` has one entry for each of them."""
     counts = [
         (r.key, r.num_draft_computed_tokens, len(r.catch_up_token_ids), r.max_draft_tokens,
-         len(r.block_table))
+         len(r.block_table), r.num_prompt_tokens, r.is_draft_sampled)
         for r in rows
     ]  # fmt: skip
     arrays: Arrays = {
@@ -35,14 +36,22 @@ def encode_draft_request(rows: Sequence[Row], rule: StopRule | None) -> Arrays:
     }
     if rule is not None:
         arrays["stop_rule"] = encode_rule(rule)
+    sampled = [r.sampling for r in rows if r.is_draft_sampled]
+    if sampled:
+        arrays["seeds"] = np.array([p.seed for p in sampled], dtype=np.uint64)
+        arrays["sampling"] = np.array(
+            [(p.temperature, p.min_p, min(p.top_k, MAX_TOP_K), p.top_p) for p in sampled],
+            dtype=np.float32,
+        )
     return arrays
 
 
 def decode_draft_request(arrays: Mapping[str, NDArray[Any]]) -> Batch:
     """Unpack what `encode_draft_request` packed."""
     token_ids, block_ids = arrays["token_ids"].tolist(), arrays["block_ids"].tolist()
+    samplings = _decode_samplings(arrays)
     rows, token, block = [], 0, 0
-    for key, start, num_tokens, cap, num_blocks in arrays["rows"].tolist():
+    for key, start, num_tokens, cap, num_blocks, num_prompt, is_sampled in arrays["rows"].tolist():
         rows.append(
             Row(
                 key=key,
@@ -50,6 +59,9 @@ def decode_draft_request(arrays: Mapping[str, NDArray[Any]]) -> Batch:
                 token_ids=[],
                 samples=True,
                 block_table=block_ids[block : block + num_blocks],
+                num_prompt_tokens=num_prompt,
+                sampling=next(samplings) if is_sampled else SamplingParams(),
+                is_draft_sampled=bool(is_sampled),
                 max_draft_tokens=cap,
                 num_draft_computed_tokens=start,
                 catch_up_token_ids=token_ids[token : token + num_tokens],
@@ -58,6 +70,17 @@ def decode_draft_request(arrays: Mapping[str, NDArray[Any]]) -> Batch:
         token, block = token + num_tokens, block + num_blocks
     rule = decode_rule(arrays["stop_rule"]) if "stop_rule" in arrays else None
     return Batch(rows, rule)
+
+
+def _decode_samplings(arrays: Mapping[str, NDArray[Any]]) -> Iterator[SamplingParams]:
+    """Yield what of the parameters a draft heeds, of the rows that are sampled."""
+    if "seeds" not in arrays:
+        return
+    for seed, numbers in zip(arrays["seeds"].tolist(), arrays["sampling"].tolist(), strict=True):
+        temperature, min_p, top_k, top_p = numbers
+        yield SamplingParams(
+            temperature=temperature, min_p=min_p, top_k=int(top_k), top_p=top_p, seed=seed
+        )
 
 
 # -- draft: response ---------------------------------------------------------------------------
