@@ -6,16 +6,18 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
+from python_backend import internal
 from specserve.engines.triton import Arrays
 
 OUTPUTS = {
     "draft": ["num_tokens", "token_ids", "confidences", "engine_s"],
     "target": ["num_tokens", "token_ids", "num_log_probs", "log_probs", "engine_s"],
+    "keeper": ["load_s"],
 }
 
 
 def infer(model: str, inputs: Arrays) -> Arrays:
-    """Run `model` once, blocking; safe from any one thread between initialize and finalize.
+    """Run `model` once, blocking; safe from any thread between initialize and finalize.
 
     Raises:
         RuntimeError: what the model answered instead.
@@ -25,6 +27,7 @@ def infer(model: str, inputs: Arrays) -> Arrays:
         requested_output_names=OUTPUTS[model],
         inputs=[pb_utils.Tensor(name, array) for name, array in inputs.items()],
         preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU),
+        parameters=internal.PARAMETERS,
     )
     response = request.exec()
     if response.has_error():

@@ -4,7 +4,9 @@ import difflib
 import json
 import re
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -13,9 +15,10 @@ from python_backend.tensors import INPUTS
 from specserve.config import Config
 from specserve.request import SLO, Request
 from specserve.sampling_params import MAX_SEED, SamplingParams
+from specserve.text import encode
 
 NO_END = -1  # an end_id that no token has
-DRAFT_SOURCES = ("auto", "model", "none")
+DRAFT_SOURCES = ("auto", "model", "ngram", "none")
 _REFUSALS = {spec.name: spec.refuse for spec in INPUTS if spec.refuse}
 
 
@@ -35,6 +38,8 @@ class Call:
     return_perf_metrics: bool
     return_num_input_tokens: bool
     return_num_output_tokens: bool
+    return_finish_reason: bool
+    return_token_ids: bool
 
 
 class CallParser:
@@ -52,17 +57,24 @@ class CallParser:
         self._vocab_size = vocab_size
         self._end_id = end_id
 
-    def __call__(self, tensors: Tensors, parameters: str, request_id: str) -> Call:
+    def __call__(
+        self, tensors: Tensors, parameters: str, request_id: str, timeout_us: int = 0
+    ) -> Call:
         """Parse one call.
 
         Args:
             tensors: with a leading batch dimension of 1.
             parameters: the request's parameters as JSON.
+            timeout_us: Triton's own timeout, 0 for none; over HTTP it is among the parameters.
 
         Raises:
             ValueError: with the value, the limit and the fix.
         """
-        _refuse_typos(parameters)
+        others = json.loads(parameters or "{}")
+        limit = self._config.limits.max_parameters
+        if len(others) > limit:
+            raise ValueError(f"{len(others)} request parameters are given: the limit is {limit}")
+        _refuse_typos(others)
         for name, array in tensors.items():
             if array.shape[:1] != (1,):
                 raise ValueError(
@@ -80,8 +92,11 @@ class CallParser:
             request_id=request_id,
             slo=SLO(read.seconds("slo_ttft_ms"), read.seconds("slo_tpot_ms")),
             priority_class=read.text("priority_class") or "",
-            max_draft_tokens=self._max_draft_tokens(read),
+            timeout_s=self._timeout_s(others.get("timeout", timeout_us)),
+            max_draft_tokens=read.count("max_draft_tokens"),
             num_draft_tokens=read.count("num_draft_tokens"),
+            draft_source=self._draft_source(read),
+            trace=[] if read.flag("return_perf_metrics", False) else None,
         )
         exclude = read.flag("exclude_input_in_output", self._config.server.exclude_input_in_output)
         stream = read.flag("stream", False)
@@ -94,6 +109,8 @@ class CallParser:
             return_perf_metrics=read.flag("return_perf_metrics", False),
             return_num_input_tokens=read.flag("return_num_input_tokens", False),
             return_num_output_tokens=read.flag("return_num_output_tokens", False),
+            return_finish_reason=read.flag("return_finish_reason", False),
+            return_token_ids=read.flag("return_token_ids", False),
         )
 
     def _prompt(self, read: Reader) -> tuple[str, list[int]]:
@@ -105,7 +122,7 @@ class CallParser:
         text = read.text("text_input")
         if text is None:
             raise ValueError("text_input is missing: give the prompt")
-        return text, self._tokenizer.encode(text).ids
+        return text, encode(self._tokenizer, text)
 
     def _sampling(self, read: Reader) -> SamplingParams:
         top_k = read.integer("top_k", 0)
@@ -139,17 +156,28 @@ class CallParser:
                 f"embedding_bias_words has {len(words)} entries and embedding_bias_weights "
                 f"{len(weights)}: give one weight for each word"
             )
-        bias = tuple(
+        of_words = tuple(
             (token_id, float(weight))
             for word, weight in zip(words, weights, strict=True)
             for token_id in self._encode_word(word)
         )
+        of_ids = self._logit_bias_of_ids(read)
         limit = self._config.limits.max_logit_bias
-        if len(bias) > limit:
+        for name, bias in (("embedding_bias_words", of_words), ("logit_bias_token_ids", of_ids)):
+            if len(bias) > limit:
+                raise ValueError(f"{name} are {len(bias)} tokens: the limit is {limit}, give fewer")
+        return of_words + of_ids
+
+    def _logit_bias_of_ids(self, read: Reader) -> tuple[tuple[int, float], ...]:
+        token_ids = [int(token_id) for token_id in read.array("logit_bias_token_ids")]
+        values = [float(value) for value in read.array("logit_bias_values")]
+        if len(token_ids) != len(values):
             raise ValueError(
-                f"embedding_bias_words are {len(bias)} tokens: the limit is {limit}, give fewer"
+                f"logit_bias_token_ids has {len(token_ids)} entries and logit_bias_values "
+                f"{len(values)}: give one value for each token id"
             )
-        return bias
+        self._check_ids("logit_bias_token_ids", token_ids)
+        return tuple(zip(token_ids, values, strict=True))
 
     def _bad_words(self, read: Reader) -> tuple[tuple[int, ...], ...]:
         """Tokenize each word as it stands and after a space, which byte-level BPE tells apart."""
@@ -160,11 +188,19 @@ class CallParser:
         token_ids: list[int] = self._tokenizer.encode(word, add_special_tokens=False).ids
         return token_ids
 
-    def _max_draft_tokens(self, read: Reader) -> int | None:
-        source = read.text("draft_source") or "auto"
+    def _draft_source(self, read: Reader) -> str:
+        source = read.text("draft_source") or self._config.policy.draft_source
         if source not in DRAFT_SOURCES:
             raise ValueError(f"draft_source is '{source}': known are {', '.join(DRAFT_SOURCES)}")
-        return 0 if source == "none" else read.count("max_draft_tokens")
+        return source
+
+    def _timeout_s(self, value: Any) -> float:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(
+                f"timeout is {value!r}: must be a whole number of microseconds, 0 for none"
+            )
+        limit = self._config.limits.max_request_s
+        return min(value / 1e6, limit) if value else limit
 
     def _check_ids(self, name: str, token_ids: list[int]) -> None:
         wrong = next((t for t in token_ids if not 0 <= t < self._vocab_size), None)
@@ -172,10 +208,10 @@ class CallParser:
             raise ValueError(f"{name} has {wrong}: token ids are in [0, {self._vocab_size})")
 
 
-def _refuse_typos(parameters: str) -> None:
+def _refuse_typos(parameters: Mapping[str, Any]) -> None:
     """Refuse a request parameter that is nearly the name of a tensor: HTTP sends typos that way."""
     names = [spec.name for spec in INPUTS]
-    for name in json.loads(parameters or "{}"):
+    for name in parameters:
         snake = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).replace("-", "_").lower()
         near = difflib.get_close_matches(snake, names, n=1, cutoff=0.8)
         if near:

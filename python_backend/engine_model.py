@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from python_backend import log
+from python_backend import internal, log
 from specserve import engines
 from specserve.config import load_config
 from specserve.engines import wire
@@ -24,6 +24,9 @@ class _EngineModel(ABC):
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:
+        refusal = internal.refusal(request)
+        if refusal is not None:
+            return refusal
         try:
             arrays = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
             started = time.perf_counter()

@@ -1,21 +1,31 @@
-"""Running totals on Triton's own /metrics. Each help text says its convention."""
+"""What the server does, on Triton's own /metrics. Each help text says its convention."""
 
 import time
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import triton_python_backend_utils as pb_utils
 
 from specserve.core import SpecServe
 from specserve.engines.triton import TritonDraftEngine, TritonTargetEngine
+from specserve.stats import Outcomes, least_slack_s
 
 PUBLISH_S = 0.2
 
 COUNTERS = {
+    "specserve_requests_total": "Requests ended, by outcome and priority class",
+    "specserve_slo_attained_total": "Requests that met all their objectives, of those with any",
+    "specserve_slo_missed_total": "Requests that missed an objective; cancelled ones not counted",
     "specserve_steps_total": "Steps run",
     "specserve_base_tokens_total": "Prompt and decode tokens given to the target, drafts excluded",
-    "specserve_drafted_tokens_total": "Tokens the draft engine proposed",
+    "specserve_drafted_tokens_total": "Tokens proposed, by draft model or prompt lookup",
     "specserve_verified_tokens_total": "Draft tokens the target looked at",
     "specserve_accepted_tokens_total": "Draft tokens kept, without the one extra token of a step",
     "specserve_output_tokens_total": "Tokens generated: accepted + one per row and step",
+    "specserve_verified_by_position_total": "Verified tokens by place in the draft, from 0",
+    "specserve_accepted_by_position_total": "Accepted tokens by place in the draft, from 0",
+    "specserve_draft_length_total": "Rows and steps by tokens drafted, of rows that sampled",
+    "specserve_decisions_total": "Rows and steps by what decided the draft's length",
     "specserve_preemptions_total": "Requests put back to waiting because KV blocks ran out",
     "specserve_draft_failures_total": "Failed calls of the draft engine; its requests went on",
     "specserve_step_seconds_total": "Wall time of steps, from schedule to commit",
@@ -23,6 +33,8 @@ COUNTERS = {
     "specserve_verify_call_seconds_total": "Wall time of verify calls, transport included",
     "specserve_draft_engine_seconds_total": "Time inside the draft engine",
     "specserve_verify_engine_seconds_total": "Time inside the target engine",
+    "specserve_predicted_step_seconds_total": "Predicted time of draft and verify calls",
+    "specserve_measured_step_seconds_total": "Measured time of the calls that were predicted",
 }
 GAUGES = {
     "specserve_requests_running": "Requests that hold KV blocks",
@@ -30,29 +42,52 @@ GAUGES = {
     "specserve_kv_blocks_used": "KV blocks held by requests",
     "specserve_kv_blocks_total": "KV blocks",
     "specserve_draft_available": "1 if the next step may draft, 0 after a failure",
+    "specserve_slo_slack_seconds": "Least time until a token is late, of running and waiting "
+    "requests with objectives, by class; below 0 is late",
+    "specserve_step_prediction_error_ratio": "|predicted - measured| / measured of late, of "
+    "verify and draft calls: median and 95th percentile",
+    "specserve_acceptance_calibration_error": "Expected calibration error of the predicted "
+    "acceptance, the worst of the draft sources",
+    "specserve_telemetry_sm_clock_ratio": "SM clock over its maximum, of the slowest GPU",
+    "specserve_telemetry_memory_clock_ratio": "Memory clock over its maximum, of the slowest GPU",
+    "specserve_telemetry_power_watts": "Power of the GPUs",
+    "specserve_telemetry_throttled": "1 while power or heat keeps a GPU's clocks down",
+    "specserve_telemetry_memory_used_bytes": "Used memory of the GPUs, whoever uses it",
+    "specserve_telemetry_stale": "1 if GPUs should be read and could not be of late",
 }
+
+
+class Sample(NamedTuple):
+    """One labelled value."""
+
+    name: str
+    value: float
+    labels: tuple[tuple[str, str], ...] = ()
 
 
 class Metrics:
     """Publishes a core's totals, at most every `PUBLISH_S` seconds."""
 
-    def __init__(self, core: SpecServe, draft: TritonDraftEngine, target: TritonTargetEngine):
+    def __init__(
+        self,
+        core: SpecServe,
+        draft: TritonDraftEngine,
+        target: TritonTargetEngine,
+        outcomes: Outcomes,
+    ) -> None:
         self._core, self._draft, self._target = core, draft, target
+        self._outcomes = outcomes
         self._next = 0.0
-        self._last: dict[str, float] = {}
-        self._families = [
-            pb_utils.MetricFamily(name=name, description=text, kind=kind)
+        self._last: dict[Sample, float] = {}
+        self._families = {
+            name: pb_utils.MetricFamily(name=name, description=text, kind=kind)
             for kind, table in (
                 (pb_utils.MetricFamily.COUNTER, COUNTERS),
                 (pb_utils.MetricFamily.GAUGE, GAUGES),
             )
             for name, text in table.items()
-        ]
-        names = [*COUNTERS, *GAUGES]
-        self._metrics = {
-            name: family.Metric(labels={})
-            for name, family in zip(names, self._families, strict=True)
         }
+        self._metrics: dict[Sample, Any] = {}
 
     def publish(self) -> None:
         """Send what has changed."""
@@ -60,19 +95,42 @@ class Metrics:
         if now < self._next:
             return
         self._next = now + PUBLISH_S
-        for name, value in self._values().items():
-            last = self._last.get(name, 0.0)
-            if value == last:
-                continue
-            if name in COUNTERS:
-                self._metrics[name].increment(value - last)
-            else:
-                self._metrics[name].set(value)
-            self._last[name] = value
+        samples = list(self._samples())
+        for sample in samples:
+            self._send(sample._replace(value=0.0), sample.value)
+        self._clear_slack(samples)
 
-    def _values(self) -> dict[str, float]:
+    def _send(self, key: Sample, value: float) -> None:
+        last = self._last.get(key)
+        if value == last:
+            return
+        metric = self._metrics.get(key)
+        if metric is None:
+            family = self._families[key.name]
+            metric = self._metrics[key] = family.Metric(labels=dict(key.labels))
+        if key.name in COUNTERS:
+            metric.increment(value - (last or 0.0))
+        else:
+            metric.set(value)
+        self._last[key] = value
+
+    def _clear_slack(self, samples: list[Sample]) -> None:
+        """Say nothing presses any more for classes without unfinished requests."""
+        present = {sample._replace(value=0.0) for sample in samples}
+        for key in self._metrics:
+            if key.name == "specserve_slo_slack_seconds" and key not in present:
+                self._send(key, 0.0)
+
+    def _samples(self) -> Iterable[Sample]:
+        yield from self._totals()
+        yield from self._requests()
+        yield from self._drafts()
+        yield from self._predictions()
+        yield from self._telemetry()
+
+    def _totals(self) -> Iterable[Sample]:
         stats, scheduler = self._core.stats, self._core.scheduler
-        return {
+        values = {
             "specserve_steps_total": stats.num_steps,
             "specserve_base_tokens_total": stats.num_base_tokens,
             "specserve_drafted_tokens_total": stats.num_drafted_tokens,
@@ -92,3 +150,61 @@ class Metrics:
             "specserve_kv_blocks_total": scheduler.blocks.num_blocks,
             "specserve_draft_available": float(self._core.draft_engine.is_available),
         }
+        return (Sample(name, value) for name, value in values.items())
+
+    def _requests(self) -> Iterable[Sample]:
+        outcomes, core = self._outcomes, self._core
+        for (outcome, name), count in outcomes.requests.copy().items():
+            labels = (("outcome", outcome), ("class", name))
+            yield Sample("specserve_requests_total", count, labels)
+        yield from _by("specserve_slo_attained_total", "class", outcomes.attained)
+        yield from _by("specserve_slo_missed_total", "class", outcomes.missed)
+        slack_s = least_slack_s(core.scheduler.requests, outcomes, core.clock())
+        yield from _by("specserve_slo_slack_seconds", "class", slack_s)
+
+    def _drafts(self) -> Iterable[Sample]:
+        stats = self._core.stats
+        for name, counts in (
+            ("specserve_verified_by_position_total", stats.verified_at),
+            ("specserve_accepted_by_position_total", stats.accepted_at),
+        ):
+            for (source, position), count in counts.copy().items():
+                yield Sample(name, count, (("source", source), ("position", str(position))))
+        yield from _by("specserve_draft_length_total", "length", stats.draft_lengths)
+        yield from _by("specserve_decisions_total", "reason", stats.reasons)
+
+    def _predictions(self) -> Iterable[Sample]:
+        stats, core = self._core.stats, self._core
+        yield Sample("specserve_predicted_step_seconds_total", stats.predicted_s)
+        yield Sample("specserve_measured_step_seconds_total", stats.measured_s)
+        if core.policy.calibration_error is not None:
+            error = core.policy.calibration_error
+            yield Sample("specserve_acceptance_calibration_error", error)
+        if core.scheduler.pacer is not None:
+            step_time = core.scheduler.pacer.step_time
+            for call, errors in (
+                ("verify", step_time.verify_error()),
+                ("draft", step_time.draft_error()),
+            ):
+                for quantile, error in zip(("0.5", "0.95"), errors, strict=True):
+                    labels = (("call", call), ("quantile", quantile))
+                    yield Sample("specserve_step_prediction_error_ratio", error, labels)
+
+    def _telemetry(self) -> Iterable[Sample]:
+        telemetry = self._core.telemetry
+        yield Sample("specserve_telemetry_stale", float(telemetry.is_stale))
+        reading = telemetry.reading
+        if reading is None:
+            return
+        values = {
+            "specserve_telemetry_sm_clock_ratio": reading.sm_clock_ratio,
+            "specserve_telemetry_memory_clock_ratio": reading.memory_clock_ratio,
+            "specserve_telemetry_power_watts": reading.power_w,
+            "specserve_telemetry_throttled": float(reading.is_throttled),
+            "specserve_telemetry_memory_used_bytes": reading.memory_used_bytes,
+        }
+        yield from (Sample(name, value) for name, value in values.items() if value is not None)
+
+
+def _by(name: str, label: str, values: Mapping[Any, float]) -> Iterable[Sample]:
+    return [Sample(name, value, ((label, str(key)),)) for key, value in dict(values).items()]

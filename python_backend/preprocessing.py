@@ -9,7 +9,7 @@ import triton_python_backend_utils as pb_utils
 from python_backend import log
 from python_backend.reader import decode_text
 from specserve.config import load_config
-from specserve.text import load_tokenizer
+from specserve.text import encode, load_tokenizer
 
 
 class PreprocessingModel:
@@ -34,7 +34,7 @@ class PreprocessingModel:
                     f"text_input has shape {list(query.shape)}: one request per call, shape [1, 1]"
                 )
             text = decode_text(query[0, 0], "text_input", self._limits)
-            token_ids = self._tokenizer.encode(text).ids
+            token_ids = encode(self._tokenizer, text)
         except ValueError as error:
             code = pb_utils.TritonError.INVALID_ARG
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))

@@ -1,5 +1,8 @@
 """One client's side of a request: text, responses, final flag."""
 
+import dataclasses
+import json
+import secrets
 from typing import Any
 
 import numpy as np
@@ -8,25 +11,30 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from python_backend.call import Call
+from python_backend.sender import FINAL, Sender
 from specserve.request import FinishReason, Request
 from specserve.scheduler import StepOutput
 from specserve.text import TextStream
-
-FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+from specserve.trace import StepTrace
 
 
 class Reply:
     """Turn step outputs into responses: one per step when streaming, else one at the end.
 
     The final flag is sent exactly once, whatever happens.
+
+    Attributes:
+        cancel_key: in every response; whoever knows it may stop this request. Nobody can guess it.
     """
 
-    def __init__(self, call: Call, sender: Any, tokenizer: Tokenizer) -> None:
+    def __init__(self, call: Call, sender: Sender, tokenizer: Tokenizer) -> None:
         self.call = call
+        self.cancel_key = secrets.randbits(63)
         self.is_done = False
         self._sender = sender
         self._text = TextStream(tokenizer, call.stop_words, call.request.sampling.end_id)
         self._pending = call.prefix
+        self._token_ids: list[int] = []
         self._log_probs: list[float] = []
         self._sum_log_probs = 0.0
 
@@ -48,7 +56,9 @@ class Reply:
         """
         before = self._text.num_tokens
         self._pending += self._text.push(output.token_ids)
-        log_probs = output.log_probs[: self._text.num_tokens - before]
+        num_taken = self._text.num_tokens - before
+        log_probs = output.log_probs[:num_taken]
+        self._token_ids += output.token_ids[:num_taken]
         self._log_probs += log_probs
         self._sum_log_probs += sum(log_probs)
         reason = FinishReason.STOP_WORD if self._text.is_stopped else output.finish_reason
@@ -70,25 +80,27 @@ class Reply:
         """End with an error."""
         if not self.is_done:
             self.is_done = True
-            send_error(self._sender, message, code)
+            is_rejected = self.request.finish_reason is FinishReason.REJECTED
+            self._sender.fail(message, code, "REJECTED" if is_rejected else "")
 
     def _send(self, reason: FinishReason | None) -> None:
-        tensors = {"text_output": np.array([[self._pending.encode()]], dtype=object)}
+        tensors = _always(self._pending, self.cancel_key)
         if self.call.return_log_probs:
             tensors["cum_log_probs"] = _floats(self._sum_log_probs)
             tensors["output_log_probs"] = np.array([[self._log_probs]], dtype=np.float32)
+        if self.call.return_token_ids:
+            tensors["output_ids"] = np.array([self._token_ids], dtype=np.int32)
         if reason is not None:
-            tensors |= self._summary()
-        self._pending, self._log_probs = "", []
+            tensors |= self._summary(reason)
+        self._pending, self._token_ids, self._log_probs = "", [], []
         self.is_done = reason is not None
-        response = pb_utils.InferenceResponse(
-            [pb_utils.Tensor(name, array) for name, array in tensors.items()]
-        )
-        self._sender.send(response, flags=FINAL if self.is_done else 0)
+        self._sender.send(_response(tensors), flags=FINAL if self.is_done else 0)
 
-    def _summary(self) -> dict[str, NDArray[Any]]:
+    def _summary(self, reason: FinishReason) -> dict[str, NDArray[Any]]:
         """Return what the last response adds, if the client asked for it."""
         request, tensors = self.request, {}
+        if self.call.return_finish_reason:
+            tensors["finish_reason"] = np.array([[reason.value.encode()]], dtype=object)
         if self.call.return_num_input_tokens:
             tensors["num_input_tokens"] = _int(request.num_prompt_tokens)
         if self.call.return_num_output_tokens:
@@ -104,18 +116,42 @@ class Reply:
                 "first_scheduled_time_ns": _nanoseconds(request.first_scheduled_s),
                 "first_token_time_ns": _nanoseconds(request.first_token_s),
                 "last_token_time_ns": _nanoseconds(request.last_token_s),
+                "step_trace": _steps(request.trace or []),
             }
         return tensors
 
 
-def send_error(sender: Any, message: str, code: int) -> None:
-    """Answer with an error and the final flag."""
-    error = pb_utils.TritonError(message, code)
-    sender.send(pb_utils.InferenceResponse(error=error), flags=FINAL)
+def send_done(sender: Sender) -> None:
+    """Answer a call that generates nothing: an empty text and the final flag."""
+    sender.send(_response(_always("", 0)), flags=FINAL)
+
+
+def _always(text: str, cancel_key: int) -> dict[str, NDArray[Any]]:
+    """Return what the `watcher` step of an ensemble takes: it must be in every response."""
+    return {
+        "text_output": np.array([[text.encode()]], dtype=object),
+        "cancel_key": _long(cancel_key),
+    }
+
+
+def _response(tensors: dict[str, NDArray[Any]]) -> Any:
+    return pb_utils.InferenceResponse(
+        [pb_utils.Tensor(name, array) for name, array in tensors.items()]
+    )
 
 
 def _int(value: int) -> NDArray[np.int32]:
     return np.array([[value]], dtype=np.int32)
+
+
+def _steps(trace: list[StepTrace]) -> NDArray[np.object_]:
+    steps = [dataclasses.asdict(step) for step in trace]
+    text = json.dumps(steps, default=float, separators=(",", ":"))
+    return np.array([[text.encode()]], dtype=object)
+
+
+def _long(value: int) -> NDArray[np.int64]:
+    return np.array([[value]], dtype=np.int64)
 
 
 def _floats(value: float) -> NDArray[np.float32]:
@@ -123,4 +159,4 @@ def _floats(value: float) -> NDArray[np.float32]:
 
 
 def _nanoseconds(seconds: float | None) -> NDArray[np.int64]:
-    return np.array([[round((seconds or 0.0) * 1e9)]], dtype=np.int64)
+    return _long(round((seconds or 0.0) * 1e9))

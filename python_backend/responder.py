@@ -10,12 +10,15 @@ import triton_python_backend_utils as pb_utils
 
 from python_backend.reply import Reply
 from specserve.admission import Rejected
+from specserve.engines import EngineLost
 from specserve.loop import Loop
 from specserve.request import FinishReason, Request
 from specserve.scheduler import StepOutput
+from specserve.stats import Outcomes
 
 logger = logging.getLogger(__name__)
 
+MAX_ID = 64
 POLL_S = 0.01  # how often, at most, each client is asked whether it has gone
 
 
@@ -23,10 +26,12 @@ class Responder:
     """Owns the replies of all unfinished requests; everything but `add` runs in its own thread.
 
     Args:
+        outcomes: counts how requests end.
         tick: called about every `POLL_S` seconds, for metrics.
     """
 
-    def __init__(self, tick: Callable[[], None]) -> None:
+    def __init__(self, outcomes: Outcomes, tick: Callable[[], None]) -> None:
+        self._outcomes = outcomes
         self._replies: dict[int, Reply] = {}
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._tick = tick
@@ -42,8 +47,13 @@ class Responder:
         """Answer what is queued, fail what is unfinished, end the thread."""
         self._queue.put(None)
         self._thread.join()
-        for reply in self._replies.values():
+        self.turn_away()
+
+    def turn_away(self) -> None:
+        """Fail what is unfinished because the server ends; in this object's thread, or without."""
+        for reply in list(self._replies.values()):
             reply.fail("the server is shutting down: try again", pb_utils.TritonError.UNAVAILABLE)
+            self._end(reply, FinishReason.CANCELLED)
 
     def add(self, reply: Reply) -> None:
         """Register a reply; from any thread, before its request is submitted."""
@@ -61,9 +71,9 @@ class Responder:
         """Queue the failure of requests; from any thread."""
         self._queue.put(lambda: self._fail(requests, error))
 
-    def cancel(self, request_id: str) -> None:
-        """Queue the cancellation of every request with this client's id; from any thread."""
-        self._queue.put(lambda: self._cancel(request_id))
+    def cancel(self, is_meant: Callable[[Reply], bool]) -> None:
+        """Queue the cancellation of the requests that are meant; from any thread."""
+        self._queue.put(lambda: self._cancel(is_meant))
 
     def _run(self) -> None:
         while True:
@@ -87,9 +97,20 @@ class Responder:
             reply = self._replies.get(output.request.key)
             if reply is None:  # cancelled, or ended at a stop word while this step ran
                 continue
-            reason = reply.push(output)
+            try:
+                reason = self._answer(reply, output)
+            except Exception:
+                logger.exception("answering request %d failed", output.request.key)
+                reply.fail("internal error", pb_utils.TritonError.INTERNAL)
+                reason = FinishReason.ERROR
             if reason is not None:
                 self._end(reply, reason)
+
+    def _answer(self, reply: Reply, output: StepOutput) -> FinishReason | None:
+        if output.finish_reason is FinishReason.ERROR:
+            reply.fail("a step failed on this request", pb_utils.TritonError.INTERNAL)
+            return FinishReason.ERROR
+        return reply.push(output)
 
     def _poll(self) -> None:
         now = time.monotonic()
@@ -101,14 +122,15 @@ class Responder:
         self._tick()
         self._next_poll = time.monotonic() + POLL_S
 
-    def _cancel(self, request_id: str) -> None:
+    def _cancel(self, is_meant: Callable[[Reply], bool]) -> None:
         for reply in list(self._replies.values()):
-            if reply.request.request_id == request_id:
+            if is_meant(reply):
                 reply.fail("cancelled by a stop request", pb_utils.TritonError.CANCELLED)
                 self._end(reply, FinishReason.CANCELLED)
 
     def _fail(self, requests: list[Request], error: Exception) -> None:
-        message = str(error) if isinstance(error, Rejected) else "a step failed: try again"
+        is_for_clients = isinstance(error, Rejected | EngineLost)
+        message = str(error) if is_for_clients else "a step failed: try again"
         for request in requests:
             reply = self._replies.get(request.key)
             if reply is not None:
@@ -118,12 +140,13 @@ class Responder:
     def _end(self, reply: Reply, reason: FinishReason) -> None:
         request = reply.request
         del self._replies[request.key]
-        if reason in (FinishReason.STOP_WORD, FinishReason.CANCELLED):
+        if reason in (FinishReason.STOP_WORD, FinishReason.CANCELLED, FinishReason.ERROR):
             self._loop.abort(request.key, reason)
+        self._outcomes.add(request, reason)
         logger.info(
-            "request %d '%s' %s: %d prompt, %d output, %d/%d drafts accepted",
+            "request %d %a %s: %d prompt, %d output, %d/%d drafts accepted",
             request.key,
-            request.request_id,
+            request.request_id[:MAX_ID],  # a client's words: they must not forge a line
             reason.value,
             request.num_prompt_tokens,
             reply.num_output_tokens,

@@ -1,8 +1,8 @@
 """The tensors of a generation request: names, types, shapes, and which of them we serve.
 
-One table for `specserve`, `ensemble` and `tensorrt_llm_bls`; a test compares it with every
-`config.pbtxt`. Names, types and shapes are tensorrtllm_backend's, in the spellings of 0.19 and 1.x,
-then ours.
+One table for `specserve`, `ensemble` and `tensorrt_llm_bls`, another for what `specserve` adds for
+the steps beside it in an ensemble; a test compares them with every `config.pbtxt`. Names, types and
+shapes are tensorrtllm_backend's, in the spellings of 0.19 and 1.x, then ours.
 """
 
 from collections.abc import Callable
@@ -97,6 +97,10 @@ INPUTS: tuple[TensorSpec, ...] = (
     TensorSpec("image_url_input", "STRING", refuse=_IMAGES),
     # SpecServe's own.
     TensorSpec("min_p", "FP32"),
+    TensorSpec("logit_bias_token_ids", "INT32", (-1,)),
+    TensorSpec("logit_bias_values", "FP32", (-1,)),
+    TensorSpec("return_finish_reason", "BOOL"),
+    TensorSpec("return_token_ids", "BOOL"),
     TensorSpec("slo_ttft_ms", "FP32"),
     TensorSpec("slo_tpot_ms", "FP32"),
     TensorSpec("priority_class", "STRING"),
@@ -125,4 +129,16 @@ OUTPUTS: tuple[TensorSpec, ...] = (
     TensorSpec("total_draft_tokens", "INT32"),
     TensorSpec("num_input_tokens", "INT32"),
     TensorSpec("num_output_tokens", "INT32"),
+    # SpecServe's own, with return_perf_metrics: a JSON list with an object for each step.
+    TensorSpec("step_trace", "STRING"),
+    TensorSpec("finish_reason", "STRING"),
+    TensorSpec("output_ids", "INT32", (-1,)),
 )
+
+# Of `specserve` alone: what the steps before and after it in an ensemble give and take. A client
+# may send input_ids in place of text, and a response's cancel_key with `stop`.
+INTERNAL_INPUTS: tuple[TensorSpec, ...] = (
+    TensorSpec("input_ids", "INT32", (-1,)),
+    TensorSpec("cancel_key", "INT64"),
+)
+INTERNAL_OUTPUTS: tuple[TensorSpec, ...] = (TensorSpec("cancel_key", "INT64"),)

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from endpoint import endpoint  # noqa: F401 - a fixture
 from hypothesis import settings
 from paged_lm import PagedLM
+from typer.testing import CliRunner
 
 from specserve.assemble import assemble
 from specserve.block_manager import BlockManager
+from specserve.cli import app
 from specserve.config import DEMO_PAIR, Config, PolicyConfig, SchedulerConfig
 from specserve.core import SpecServe
 from specserve.engines import DraftEngine, EngineInfo, TargetEngine
@@ -35,6 +38,7 @@ settings.load_profile("quick")
 
 MAX_SEQ_LEN = 512
 STEP_LIMIT = 5000
+NO_QUEUE_LIMIT = {"max_waiting_requests": 10**6, "max_waiting_tokens": 10**9}
 
 # (draft, the target's own token at each draft position and one more, output tokens)
 ACCEPTANCE_TABLE = [
@@ -78,7 +82,7 @@ def make_scheduler(
     policy: PolicyConfig | str = "none", *, num_blocks: int = 64, block_size: int = 4, **limits: int
 ) -> Scheduler:
     """Make a scheduler of its own; `limits` are fields of `SchedulerConfig`."""
-    config = SchedulerConfig(**{"max_seq_len": MAX_SEQ_LEN, **limits})
+    config = SchedulerConfig(**{"max_seq_len": MAX_SEQ_LEN, **NO_QUEUE_LIMIT, **limits})
     return Scheduler(config, BlockManager(num_blocks, block_size), new_policy(policy))
 
 
@@ -100,7 +104,8 @@ def make_core(
 
     Without a clock of the caller's, a target pass takes 10 ms and a draft pass 0.4 ms.
     """
-    config = Config(policy=policy_of(policy), scheduler=SchedulerConfig(**limits))
+    scheduler = SchedulerConfig(**{**NO_QUEUE_LIMIT, **limits})
+    config = Config(policy=policy_of(policy), scheduler=scheduler)
     config = replace(config, server=replace(config.server, draft_retry_s=draft_retry_s))
     target = target or PagedLM(num_blocks, block_size)
     draft = draft or PagedLM(num_blocks, block_size, vocab_size=target.vocab_size, noise=1.5)
@@ -255,3 +260,28 @@ def _texts(folder: Path) -> Iterator[str]:
             continue
         if len(text) > 4000:
             yield text[1000:2000]
+
+
+@pytest.fixture(scope="session")
+def simulated_cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the result lines of a small grid: one trace, 3 policies, 2 loads, 2 SLO scales."""
+    path = tmp_path_factory.mktemp("grid") / "cells.jsonl"
+    arguments = (
+        f"bench --output {path} --mode simulated --trace poisson --load 0.3 --load 0.8 "
+        "--slo-scale 0.8 --slo-scale 1.2 --policy none --policy specserve --policy fixed_4 "
+        "--window-s 4 --warm-up-s 1 --length-scale 0.25 --flood-requests 24 --low-requests 8 "
+        "--set scheduler.max_num_seqs=16"
+    )
+    result = CliRunner().invoke(app, arguments.split())
+    assert result.exit_code == 0, result.output
+    return path
+
+
+@pytest.fixture(scope="session")
+def simulated_report(simulated_cells: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a report on them."""
+    folder = tmp_path_factory.mktemp("report")
+    arguments = ["report", str(simulated_cells), "--output", str(folder)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return folder

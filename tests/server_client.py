@@ -115,12 +115,18 @@ def grpc_many(
 
 
 def grpc_one(server: Served, model: str, **tensors: Any) -> Answer:
-    """Send one request over a stream of its own."""
+    """Send one request over a stream of its own; `timeout_us` is Triton's, not a tensor."""
     return grpc_many(server, model, [tensors])[0]
 
 
 async def _stream(client: triton_aio.InferenceServerClient, model: str, tensors: Tensors) -> Answer:
-    request = {"model_name": model, "inputs": _inputs(tensors), "enable_empty_final_response": True}
+    tensors = dict(tensors)
+    request = {
+        "model_name": model,
+        "timeout": tensors.pop("timeout_us", None),
+        "inputs": _inputs(tensors),
+        "enable_empty_final_response": True,
+    }
 
     async def requests() -> AsyncIterator[dict[str, Any]]:
         yield request
@@ -154,7 +160,7 @@ def grpc_raw(server: Served, model: str, tensors: Tensors) -> Answer:
     answer = Answer()
     with grpc.insecure_channel(_grpc_address(server)) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        request = _raw_request(model, tensors)
+        request = raw_request(model, tensors)
         for message in stub.ModelStreamInfer(iter([request]), timeout=TIMEOUT_S):
             answer.error = message.error_message or answer.error
             parameters = message.infer_response.parameters
@@ -167,7 +173,7 @@ def grpc_status(server: Served, model: str, tensors: Tensors) -> grpc.StatusCode
     metadata = (("triton_grpc_error", "true"),)
     with grpc.insecure_channel(_grpc_address(server)) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        requests = iter([_raw_request(model, tensors)])
+        requests = iter([raw_request(model, tensors)])
         call = stub.ModelStreamInfer(requests, metadata=metadata, timeout=TIMEOUT_S)
         with contextlib.suppress(grpc.RpcError):
             list(call)
@@ -187,7 +193,7 @@ def _inputs(tensors: Tensors) -> list[triton.InferInput]:
     return inputs
 
 
-def _raw_request(model: str, tensors: Tensors) -> service_pb2.ModelInferRequest:
+def raw_request(model: str, tensors: Tensors) -> service_pb2.ModelInferRequest:
     request = service_pb2.ModelInferRequest(model_name=model)
     request.parameters["triton_enable_empty_final_response"].bool_param = True
     for name, value in tensors.items():
@@ -299,12 +305,12 @@ def wait_until_idle(server: Served) -> None:
 class Reference:
     """Plain decoding of the same target engine in f32, in this process."""
 
-    def __init__(self, engine_dir: Path) -> None:
-        overrides = [
+    def __init__(self, engine_dir: Path, *overrides: str) -> None:
+        config = [
             f"engine.dir={engine_dir}", "policy.name=none", "scheduler.kv_cache_tokens=8192",
-            f"scheduler.max_num_seqs={STREAMS}",
+            f"scheduler.max_num_seqs={STREAMS}", *overrides,
         ]  # fmt: skip
-        self._core = assemble(load_config(None, overrides))
+        self._core = assemble(load_config(None, config))
         self.tokenizer = load_tokenizer(engine_dir / "target")
 
     def texts(self, prompts: Sequence[str], max_tokens: int, **sampling: Any) -> list[str]:

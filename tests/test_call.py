@@ -160,8 +160,7 @@ def test_latency_objectives_are_seconds(parse: Any) -> None:
         ({"max_draft_tokens": 3}, 3, None),
         ({"max_draft_tokens": 0}, 0, None),
         ({"num_draft_tokens": 5}, None, 5),
-        ({"draft_source": "none"}, 0, None),
-        ({"draft_source": "none", "max_draft_tokens": 6}, 0, None),
+        ({"draft_source": "none", "max_draft_tokens": 6}, 6, None),
         ({"draft_source": "model"}, None, None),
         ({"draft_source": "auto"}, None, None),
     ],
@@ -209,6 +208,32 @@ def test_bias_goes_to_every_token_of_its_word(parse: Any, tokenizer: Tokenizer) 
     ids = tokenizer.encode("xq", add_special_tokens=False).ids
     call = parse(embedding_bias_words=["xq"], embedding_bias_weights=[-2.5])
     assert call.request.sampling.logit_bias == tuple((token_id, -2.5) for token_id in ids)
+
+
+def test_bias_by_token_id_joins_that_by_words(parse: Any, tokenizer: Tokenizer) -> None:
+    (x,) = tokenizer.encode("x", add_special_tokens=False).ids
+    by_words = {"embedding_bias_words": ["x"], "embedding_bias_weights": [1.5]}
+    call = parse(**by_words, logit_bias_token_ids=[7, 4095], logit_bias_values=[-100.0, 2.0])
+    assert call.request.sampling.logit_bias == ((x, 1.5), (7, -100.0), (4095, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "values", "words"),
+    [
+        ([1, 2], [1.0], ("logit_bias_token_ids has 2 entries", "logit_bias_values 1", "each")),
+        ([4096], [1.0], ("logit_bias_token_ids has 4096", "[0, 4096)")),
+        ([-1], [1.0], ("logit_bias_token_ids has -1", "[0, 4096)")),
+        ([1] * 5, [1.0] * 5, ("logit_bias_token_ids are 5 tokens", "limit is 4")),
+        ([1], [float("nan")], ("logit_bias_values", "nan", "-inf for never")),
+    ],
+    ids=str,
+)
+def test_bias_by_token_id_outside_its_limits_is_refused(
+    parse: Any, token_ids: list[int], values: list[float], words: tuple[str, ...]
+) -> None:
+    with pytest.raises(ValueError, match="logit_bias") as refusal:
+        parse(logit_bias_token_ids=token_ids, logit_bias_values=values)
+    assert all(word in str(refusal.value) for word in words)
 
 
 @pytest.mark.parametrize(
@@ -322,7 +347,9 @@ def test_what_we_cannot_serve_is_refused_by_name(parse: Any, name: str) -> None:
         pytest.param({"end_id": 4096}, r"end_id has 4096: token ids are in \[0, 4096\)", id="end"),
         pytest.param({"max_draft_tokens": -1}, "max_draft_tokens is -1", id="max draft"),
         pytest.param({"num_draft_tokens": -2}, "num_draft_tokens is -2", id="fixed draft"),
-        pytest.param({"draft_source": "magic"}, "'magic': known are auto, model, none", id="src"),
+        pytest.param(
+            {"draft_source": "magic"}, "'magic': known are auto, model, ngram, none", id="src"
+        ),
         pytest.param({"slo_ttft_ms": 0.0}, "slo_ttft_ms is 0.0: must be above 0", id="slo 0"),
         pytest.param({"slo_tpot_ms": np.nan}, "slo_tpot_ms is nan", id="slo nan"),
         pytest.param({"slo_tpot_ms": np.inf}, "slo_tpot_ms is inf", id="slo infinite"),

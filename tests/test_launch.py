@@ -2,9 +2,11 @@
 
 import contextlib
 import http.client
+import io
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,11 +22,13 @@ from specserve.launch.backend_dir import make_backend_dir
 from specserve.launch.calls import example_calls
 from specserve.launch.environment import server_environment
 from specserve.launch.installation import (
+    ContainerInstallation,
     TritonInstallation,
     find_installation,
     find_libpython,
     libpython_name,
 )
+from specserve.launch.log_tail import LogTail
 from specserve.launch.marked_processes import MarkedProcesses
 from specserve.launch.serve import ServeOptions, serve
 from specserve.launch.server_log import ServerLog
@@ -169,6 +173,11 @@ def test_python_without_a_stub_is_named(tmp_path: Path) -> None:
     expect(prerequisites.check_stub(installation, (3, 12)), None)
 
 
+def test_a_container_without_its_stub_is_named(tmp_path: Path) -> None:
+    problem = prerequisites.check_stub(ContainerInstallation(tmp_path), (3, 12))
+    expect(problem, f"{tmp_path}/backends/python has no stub")
+
+
 def test_missing_libpython_says_how_to_get_it(tmp_path: Path) -> None:
     problem = prerequisites.check_libpython(find_libpython([tmp_path]))
     expect(problem, libpython_name())
@@ -306,6 +315,18 @@ def test_log_explains_a_failure_without_the_noise(tmp_path: Path) -> None:
     assert log.cause() == f"{failure}: initialize"
 
 
+def test_log_goes_to_the_stream_and_the_file_stays_small(tmp_path: Path) -> None:
+    stream, path, text = io.StringIO(), tmp_path / "log", "größer\n" * 100
+    with LogTail(path, stream, max_bytes=512), path.open("a") as file:
+        for count in (1, 2, 3):
+            file.write(text)
+            file.flush()
+            wait_until(lambda count=count: stream.getvalue() == text * count)
+            assert path.stat().st_size == 0
+        file.write("the end")
+    assert stream.getvalue() == text * 3 + "the end"
+
+
 def test_example_calls_reach_a_server_on_all_addresses() -> None:
     calls = example_calls("0.0.0.0", 18000, 18001)
     assert "http://127.0.0.1:18000/v2/models/ensemble/generate_stream" in calls
@@ -377,6 +398,31 @@ def test_server_answers_and_leaves_nothing(
     assert server.pids() == []
     assert server.shared_memory() == []
     assert [path.name for path in server.run_dir.iterdir()] == ["tritonserver.log"]
+
+
+@pytest.mark.triton
+def test_server_laid_out_as_in_nvidias_container_answers(
+    tmp_path: Path,
+    installation: TritonInstallation,
+    ports: tuple[int, int, int],
+    add_model: Callable[[str, str], Path],
+) -> None:
+    """The embedded server's files, where that image has its own: /opt/tritonserver."""
+    folder = tmp_path / "tritonserver"
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "tritonserver").symlink_to(installation.binary)
+    (folder / "lib").symlink_to(installation.libraries)
+    (folder / "backends").mkdir()
+    shutil.copytree(installation.python_backend, folder / "backends" / "python")
+    shutil.copy(installation.stub(), folder / "backends" / "python")
+    container = find_installation(folder)
+    assert isinstance(container, ContainerInstallation)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    options = options_for(add_model("echo", ECHO_MODEL), ports)
+    with TritonProcess(options, run_dir, container) as server:
+        server.wait_until_ready(30.0)
+        assert infer(options.http_port, "echo", "hello").startswith("hello ")
 
 
 @pytest.mark.triton

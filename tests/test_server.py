@@ -7,8 +7,10 @@ exactly enumerated distribution.
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +58,7 @@ MAX_TOKENS = 20
 FALSE_ALARM = 1e-4
 SAMPLED = {"temperature": 1.0, "top_p": 0.95}
 EVERY_MODEL = pytest.mark.parametrize("model", MODELS)
+REASONS = {"prompt", "owed", "yield", "cap", "off", "explore", "fixed"}
 CODE = "import os\nimport sys\n\ndef main(argv):\n    "
 
 
@@ -474,6 +477,32 @@ def test_perf_metrics(server: Served, model: str) -> None:
     accepted, total = (answer.last(f"total_{n}") for n in ("accepted_draft_tokens", "draft_tokens"))
     assert 0 < accepted <= total
     assert answer.last("acceptance_rate") == pytest.approx(accepted / total)
+    steps = json.loads(answer.last("step_trace"))
+    assert sum(step["num_verified_tokens"] for step in steps) == total
+    assert sum(step["num_accepted_tokens"] for step in steps) == accepted
+    assert {step["reason"] for step in steps} <= REASONS
+
+
+def test_metrics_tell_outcomes_attainment_and_why(server: Served) -> None:
+    time.sleep(0.5)  # they are published five times a second
+    before = server.metrics()
+    generate(server, "ensemble", text_input=CODE, max_tokens=30, slo_tpot_ms=1e6)
+    generate(server, "ensemble", text_input=CODE, max_tokens=30, slo_tpot_ms=1e-3)
+    time.sleep(0.5)
+    after = server.metrics()
+
+    def more(name: str) -> float:
+        return after[name] - before.get(name, 0.0)
+
+    assert more('specserve_requests_total{class="default",outcome="finished"}') == 2
+    assert more('specserve_slo_attained_total{class="default"}') == 1
+    assert more('specserve_slo_missed_total{class="default"}') == 1
+    assert more('specserve_decisions_total{reason="owed"}') > 0
+    at_first = 'specserve_verified_by_position_total{position="0",source="model"}'
+    assert more(at_first) > 0
+    assert 0 < after["specserve_acceptance_calibration_error"] < 1
+    assert after['specserve_step_prediction_error_ratio{call="verify",quantile="0.5"}'] > 0
+    assert after['specserve_slo_slack_seconds{class="default"}'] == 0
 
 
 def test_nothing_comes_that_was_not_asked_for(server: Served) -> None:
@@ -578,8 +607,8 @@ NUMBER_REFUSED = [
 OTHERS_REFUSED = [
     ({"text_input": ""}, ("text_input", "empty", "at least one token")),
     ({"text_input": "x = 1\n" * 3000}, ("prompt", "exceeds the limit of 4096", "shorten")),
-    ({"text_input": "x" * 2_000_000}, ("text_input", "2000000 bytes", "limit is 1048576")),
-    ({"draft_source": "magic"}, ("draft_source", "magic", "model, none")),
+    ({"text_input": "x" * 2_000_000}, ("text_input", "2000000 bytes", "limit is 262144")),
+    ({"draft_source": "magic"}, ("draft_source", "magic", "ngram, none")),
     ({"seed": 1, "random_seed": 2}, ("seed", "random_seed", "give one of them")),
     ({"min_tokens": 1, "min_length": 2}, ("min_tokens", "min_length", "give one of them")),
     ({"stop_words": ["x"] * 65}, ("stop_words", "65", "limit is 64")),
@@ -799,14 +828,15 @@ def test_bad_requests_leave_those_beside_them_alone(
 # -- cancellation ------------------------------------------------------------------------------
 
 
+@EVERY_MODEL
 def test_100_disconnects_leave_nothing_and_harm_nobody(
-    server: Served, reference: Reference
+    server: Served, reference: Reference, model: str
 ) -> None:
     prompt, max_tokens = "class Stack:\n    def ", 3500
     before = server.metrics()["specserve_output_tokens_total"]
     with ThreadPoolExecutor(STREAMS + 1) as pool:
-        side = pool.submit(grpc_one, server, "specserve", text_input=prompt, max_tokens=400)
-        for _ in pool.map(lambda i: leave_early(server, i % 4, max_tokens), range(100)):
+        side = pool.submit(grpc_one, server, model, text_input=prompt, max_tokens=400)
+        for _ in pool.map(lambda i: leave_early(server, model, i % 4, max_tokens), range(100)):
             pass
         wait_until_idle(server)
         assert side.result().text == reference.texts([prompt], 400)[0]
@@ -814,10 +844,10 @@ def test_100_disconnects_leave_nothing_and_harm_nobody(
     assert spent < 100 * max_tokens / 4, "requests ran on without their clients"
 
 
-def leave_early(server: Served, num_events: int, max_tokens: int) -> None:
+def leave_early(server: Served, model: str, num_events: int, max_tokens: int) -> None:
     """Open a long stream, read a few events, and close the connection."""
     body = {"text_input": CODE, "max_tokens": max_tokens, "end_id": -1, "stream": True}
-    with http_post(server, "specserve", "generate_stream", body) as response:
+    with http_post(server, model, "generate_stream", body) as response:
         stream = events(response)
         for _ in range(num_events):
             assert "text_output" in next(stream)
@@ -833,11 +863,23 @@ def test_stop_ends_the_request_of_that_id(server: Served, model: str) -> None:
         assert generate(server, model, **other)[0] == 200
         assert "text_output" in next(stream)
         status, answer = generate(server, model, **{**other, "id": "long"})
-        assert (status, "text_output" in answer) == (200, False)
+        assert (status, answer["text_output"]) == (200, "")
         *texts, last = stream
     assert len(texts) < 3500
     assert "cancelled by a stop request" in last["error"]
     wait_until_idle(server)
+
+
+def test_stop_with_a_cancel_key_ends_that_request_alone(server: Served) -> None:
+    body = {"text_input": CODE, "max_tokens": 3500, "end_id": -1, "stream": True}
+    with (
+        http_post(server, "specserve", "generate_stream", body) as one,
+        http_post(server, "specserve", "generate_stream", {**body, "max_tokens": 200}) as other,
+    ):
+        key = next(events(one))["cancel_key"]
+        assert generate(server, "specserve", **base({"stop": True, "cancel_key": key}))[0] == 200
+        assert "cancelled by a stop request" in list(events(one))[-1]["error"]
+        assert "error" not in list(events(other))[-1]
 
 
 @EVERY_MODEL
@@ -874,8 +916,8 @@ def test_requests_that_do_not_fit_at_once_get_their_texts(
 
 def test_waiting_request_can_be_abandoned(small_server: Served) -> None:
     with ThreadPoolExecutor(STREAMS) as pool:
-        long = [pool.submit(leave_early, small_server, 1, 200) for _ in range(4)]
-        rest = [pool.submit(leave_early, small_server, 0, 200) for _ in range(12)]
+        long = [pool.submit(leave_early, small_server, "specserve", 1, 200) for _ in range(4)]
+        rest = [pool.submit(leave_early, small_server, "specserve", 0, 200) for _ in range(12)]
         assert not any(future.exception() for future in [*long, *rest])
     wait_until_idle(small_server)
 

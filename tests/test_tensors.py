@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,13 @@ import pytest
 from conftest import make_request
 
 from python_backend import tensors
-from python_backend.tensors import INPUTS, OUTPUTS, TensorSpec
+from python_backend.tensors import (
+    INPUTS,
+    INTERNAL_INPUTS,
+    INTERNAL_OUTPUTS,
+    OUTPUTS,
+    TensorSpec,
+)
 from specserve.batch import Batch, Draft, Row, Verified
 from specserve.engines import wire
 from specserve.stop_rules import SurvivalRule
@@ -21,7 +28,7 @@ text_format = pytest.importorskip("google.protobuf.text_format")
 REPOSITORY = Path(tensors.__file__).parents[1] / "model_repository"
 MODELS = sorted(path.parent.name for path in REPOSITORY.glob("*/config.pbtxt"))
 FRONT = ["ensemble", "specserve", "tensorrt_llm_bls"]
-TYPES = {"i": "TYPE_INT32", "f": "TYPE_FP32", "O": "TYPE_STRING"}
+TYPES = {"i": "TYPE_INT32", "u": "TYPE_UINT64", "f": "TYPE_FP32", "O": "TYPE_STRING"}
 
 
 def load(model: str) -> Any:
@@ -39,7 +46,7 @@ def expected(spec: TensorSpec) -> tuple[str, str, tuple[int, ...]]:
 
 
 def test_the_repository_has_the_models_of_the_design() -> None:
-    assert set(MODELS) == {*FRONT, "preprocessing", "draft", "target"}
+    assert set(MODELS) == {*FRONT, "preprocessing", "watcher", "keeper", "draft", "target"}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -66,14 +73,15 @@ def test_the_table_names_each_tensor_once() -> None:
 
 @pytest.mark.parametrize("model", FRONT)
 def test_inputs_are_those_of_the_table(model: str) -> None:
+    specs = (*INPUTS, *INTERNAL_INPUTS) if model == "specserve" else INPUTS
     ports = [described(port) for port in load(model).input]
-    extra = [("input_ids", "TYPE_INT32", (-1,))] if model == "specserve" else []
-    assert sorted(ports) == sorted([*map(expected, INPUTS), *extra])
+    assert sorted(ports) == sorted(map(expected, specs))
 
 
 @pytest.mark.parametrize("model", FRONT)
 def test_outputs_are_those_of_the_table(model: str) -> None:
-    assert [described(port) for port in load(model).output] == [expected(s) for s in OUTPUTS]
+    specs = (*OUTPUTS, *INTERNAL_OUTPUTS) if model == "specserve" else OUTPUTS
+    assert [described(port) for port in load(model).output] == [expected(s) for s in specs]
 
 
 @pytest.mark.parametrize("model", FRONT)
@@ -106,13 +114,14 @@ def test_engine_models_take_a_ragged_step_and_have_one_instance(model: str) -> N
 @pytest.mark.parametrize("model", ["ensemble", "tensorrt_llm_bls"])
 def test_an_ensemble_forwards_every_tensor_under_its_name(model: str) -> None:
     config = load(model)
-    last = config.ensemble_scheduling.step[-1]
-    assert last.model_name == "specserve"
-    forwarded = dict(last.input_map)
+    *_, specserve, watcher = config.ensemble_scheduling.step
+    assert (specserve.model_name, watcher.model_name) == ("specserve", "watcher")
+    forwarded = dict(specserve.input_map)
     internal = {"input_ids"} if model == "ensemble" else set()
     assert set(forwarded) == {spec.name for spec in INPUTS} | internal
     assert all(name == value for name, value in forwarded.items())
-    assert dict(last.output_map) == {spec.name: spec.name for spec in OUTPUTS}
+    outputs = {**specserve.output_map, **watcher.output_map}
+    assert {spec.name for spec in OUTPUTS} <= set(outputs.values())
 
 
 def test_each_ensemble_step_maps_tensors_that_its_model_has() -> None:
@@ -148,9 +157,12 @@ def make_rows() -> list[Row]:
 def test_draft_model_takes_what_the_wire_sends() -> None:
     config = load("draft")
     rule = SurvivalRule(np.array([0.5, 1.0]), np.array([0.3]))
-    arrays = wire.encode_draft_request(make_rows()[:1], rule)
+    row = replace(make_rows()[0], is_draft_sampled=True)
+    arrays = wire.encode_draft_request([row], rule)
     check_ports(arrays, config.input, optional=set())
-    assert {port.name for port in config.input if port.optional} == {"stop_rule"}
+    assert {port.name for port in config.input if port.optional} == {
+        "stop_rule", "seeds", "sampling",
+    }  # fmt: skip
     answers = wire.encode_drafts([Draft([1, 2], [0.5, 0.5])])
     check_ports(answers, config.output, optional={"engine_s"})
 

@@ -9,6 +9,13 @@ curl -N http://{host}:{http_port}/v2/models/ensemble/generate_stream \\
   -d '{{"text_input": "{prompt}", "max_tokens": 40, "stream": true}}'
 """
 
+_OPENAI = """\
+curl -N{insecure} {scheme}://{host}:{port}/v1/completions -H 'Content-Type: application/json' \\
+  {key}-d '{{"model": "{model}", "prompt": "{prompt}", "max_tokens": 40, "stream": true}}'
+
+Live view in a browser: {scheme}://{host}:{port}/
+"""
+
 _PYTHON = """\
 {python} - <<'EOF'
 import queue
@@ -57,3 +64,16 @@ def example_calls(address: str, http_port: int, grpc_port: int) -> str:
         "python": sys.executable,
     }
     return f"{_CURL.format(**values)}\n{_PYTHON.format(**values)}"
+
+
+def openai_call(address: str, port: int, model: str, *, has_tls: bool, has_keys: bool) -> str:
+    """Write a streaming call of the OpenAI endpoint with curl, and where its page is."""
+    return _OPENAI.format(
+        scheme="https" if has_tls else "http",
+        insecure=" --insecure" if has_tls else "",
+        host=client_host(address),
+        port=port,
+        key='-H "Authorization: Bearer $OPENAI_API_KEY" ' if has_keys else "",
+        model=model,
+        prompt=_PROMPT,
+    )

@@ -19,14 +19,15 @@ class InFlight:
 
     def is_busy(self) -> bool:
         """Return whether requests run or wait, or did a moment ago."""
-        if self._num_requests() > 0:
+        if self.num_requests() > 0:
             self._idle_since_s = None
             return True
         now = time.monotonic()
         self._idle_since_s = self._idle_since_s or now
         return now - self._idle_since_s < SETTLE_S
 
-    def _num_requests(self) -> float:
+    def num_requests(self) -> float:
+        """Return how many run or wait."""
         connection = http.client.HTTPConnection(self._host, self._port, timeout=2.0)
         try:
             connection.request("GET", "/metrics")

@@ -1,4 +1,4 @@
-"""Where nvidia-pytriton keeps the embedded Triton server; paths only, nothing is started here."""
+"""Where the Triton server is, in nvidia-pytriton or in NVIDIA's container; paths only."""
 
 import importlib.util
 import os
@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+CONTAINER_DIR = Path("/opt/tritonserver")
 SYSTEM_LIBRARY_DIRS = (
     "/usr/lib/x86_64-linux-gnu",
     "/usr/lib/aarch64-linux-gnu",
@@ -19,13 +20,13 @@ SYSTEM_LIBRARY_DIRS = (
 
 @dataclass(frozen=True, slots=True)
 class TritonInstallation:
-    """The files of an installed nvidia-pytriton; `site_packages` is the folder that holds it."""
+    """The files of an installed nvidia-pytriton; `folder` is the site-packages that holds it."""
 
-    site_packages: Path
+    folder: Path
 
     @property
     def server_dir(self) -> Path:
-        return self.site_packages / "pytriton" / "tritonserver"
+        return self.folder / "pytriton" / "tritonserver"
 
     @property
     def binary(self) -> Path:
@@ -37,7 +38,7 @@ class TritonInstallation:
 
     @property
     def libraries(self) -> Path:
-        return self.site_packages / "nvidia_pytriton.libs"
+        return self.folder / "nvidia_pytriton.libs"
 
     def stub(self, python_version: tuple[int, int] = sys.version_info[:2]) -> Path:
         """Return the stub for a Python version; the file need not exist."""
@@ -45,8 +46,31 @@ class TritonInstallation:
         return self.server_dir / "python_backend_stubs" / name / "triton_python_backend_stub"
 
 
-def find_installation() -> TritonInstallation | None:
-    """Locate nvidia-pytriton without importing it, or return None."""
+@dataclass(frozen=True, slots=True)
+class ContainerInstallation(TritonInstallation):
+    """The files of NVIDIA's Triton container; `folder` is its /opt/tritonserver.
+
+    It has one stub, beside the backend, for the Python of the image.
+    """
+
+    @property
+    def server_dir(self) -> Path:
+        return self.folder
+
+    @property
+    def libraries(self) -> Path:
+        return self.folder / "lib"
+
+    def stub(self, python_version: tuple[int, int] = sys.version_info[:2]) -> Path:
+        """Return the stub, whatever the version."""
+        return self.python_backend / "triton_python_backend_stub"
+
+
+def find_installation(container_dir: Path = CONTAINER_DIR) -> TritonInstallation | None:
+    """Locate the container's server, else nvidia-pytriton's without importing it, or None."""
+    container = ContainerInstallation(container_dir)
+    if container.binary.is_file():
+        return container
     spec = importlib.util.find_spec("pytriton")
     if spec is None or not spec.submodule_search_locations:
         return None

@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 from specserve.launch.installation import (
+    ContainerInstallation,
     TritonInstallation,
     find_installation,
     find_libpython,
@@ -92,6 +93,8 @@ def check_stub(
     """Check that Triton's Python backend was built for this Python."""
     if installation is None or installation.stub(python_version).is_file():
         return None
+    if isinstance(installation, ContainerInstallation):
+        return f"{installation.python_backend} has no stub: use an image with the Python backend"
     return "nvidia-pytriton has no stub for Python {}.{}: use Python 3.11 or 3.12".format(
         *python_version
     )

@@ -5,22 +5,26 @@ Owns the conversation with the person at the terminal. The policy is in the file
 """
 
 import contextlib
+import secrets
 import shutil
-import signal
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from specserve.launch.calls import example_calls
+from specserve.launch.backoff import Backoff
+from specserve.launch.calls import client_host, example_calls, openai_call
+from specserve.launch.endpoint import Endpoint, EndpointOptions
 from specserve.launch.in_flight import InFlight
 from specserve.launch.installation import TritonInstallation, find_installation
+from specserve.launch.log_tail import LogTail
 from specserve.launch.prerequisites import find_problems
 from specserve.launch.stop_signal import StopSignal
 from specserve.launch.triton_options import TritonOptions
 from specserve.launch.triton_process import TritonProcess, TritonStartError
 from specserve.launch.warm_up import MODEL, warm_up
+from specserve.launch.watch import Watch
 
 CONFIG_VARIABLE = "SPECSERVE_CONFIG"
 WATCH_S = 0.5
@@ -33,8 +37,13 @@ class ServeOptions:
     Attributes:
         config_path: the resolved configuration, handed to the models in SPECSERVE_CONFIG.
         engine_dir: only checked here; the models find it in the configuration.
+        openai: the OpenAI endpoint beside the server; None starts none.
         drain_timeout_s: how long requests in flight and idle HTTP connections may hold up the end.
-        optional_models: the server goes on without these if their process dies.
+        shows_log: move the server's log to standard error, as containers want it.
+        reloaded_models: the server loads these again by itself if their process dies.
+        reload_timeout_s: how long that may take before everything is started anew.
+        max_restarts: failures in a row after which the server is not started again.
+        admin_key: opens the APIs that change the server to who sends it; "" is for everybody.
     """
 
     model_repository: Path
@@ -44,10 +53,15 @@ class ServeOptions:
     grpc_port: int = 8001
     metrics_port: int = 8002
     address: str = "127.0.0.1"
+    openai: EndpointOptions | None = None
     ready_timeout_s: float = 120.0
     drain_timeout_s: float = 30.0
     log_verbose: int = 0
-    optional_models: tuple[str, ...] = ("draft",)
+    shows_log: bool = False
+    reloaded_models: tuple[str, ...] = ("draft", "target")
+    reload_timeout_s: float = 300.0
+    max_restarts: int = 8
+    admin_key: str = field(default_factory=secrets.token_urlsafe, repr=False)
 
 
 def serve(options: ServeOptions) -> int:
@@ -59,6 +73,7 @@ def serve(options: ServeOptions) -> int:
         "http": options.http_port,
         "grpc": options.grpc_port,
         "metrics": options.metrics_port,
+        **({"openai": options.openai.port} if options.openai else {}),
     }
     problems = find_problems(options.address, ports, options.model_repository, options.engine_dir)
     installation = find_installation()
@@ -68,36 +83,91 @@ def serve(options: ServeOptions) -> int:
     run_dir = Path(tempfile.mkdtemp(prefix="specserve-"))
     status = 1
     try:
-        status = _run(options, run_dir, installation)
+        with _endpoint(options, run_dir) as endpoint:
+            status = _run(options, run_dir, installation, endpoint)
     finally:
         if status == 0:
             shutil.rmtree(run_dir, ignore_errors=True)
     return status
 
 
-def _run(options: ServeOptions, run_dir: Path, installation: TritonInstallation) -> int:
-    triton = TritonProcess(_triton_options(options), run_dir, installation)
+def _endpoint(
+    options: ServeOptions, run_dir: Path
+) -> contextlib.AbstractContextManager[Endpoint | None]:
+    if options.openai is None:
+        return contextlib.nullcontext()
+    triton = {
+        "triton": client_host(options.address),
+        "grpc-port": options.grpc_port,
+        "metrics-port": options.metrics_port,
+        "drain-timeout-s": options.drain_timeout_s,
+        **({} if options.config_path is None else {"config": options.config_path.resolve()}),
+    }
+    arguments = [f"--{name}={value}" for name, value in triton.items()]
+    return Endpoint(options.openai, options.address, arguments, run_dir / "openai.log", _say_error)
+
+
+def _run(
+    options: ServeOptions,
+    run_dir: Path,
+    installation: TritonInstallation,
+    endpoint: Endpoint | None,
+) -> int:
+    backoff = Backoff(options.max_restarts)
     with StopSignal() as stop:
-        failure: str | None = None
-        try:
-            failure = _start_and_watch(options, triton, stop)
-            if failure:
-                _say_error(failure, f"The log is kept: {triton.log.path}")
-            else:
-                _say(_farewell(options))
-        finally:
-            triton.stop(
-                hurry=lambda: stop.insistent if failure is None else stop.requested,
-                is_busy=InFlight(options.address, options.metrics_port).is_busy,
-            )
-    if failure:
-        return 1
+        while not stop.requested:
+            start_dir = run_dir / str(backoff.num_restarts)
+            start_dir.mkdir()
+            triton = TritonProcess(_triton_options(options), start_dir, installation)
+            with _tail(options, triton):
+                failure = _serve_once(options, triton, stop, backoff, endpoint)
+            if failure is None:
+                break
+            _say_error(failure, f"The log is kept: {triton.log.path}")
+            wait_s = backoff.next_wait_s() if backoff.has_started else None
+            if wait_s is None:
+                return 1
+            _say_error(f"Restart {backoff.num_restarts} of the server in {wait_s:g} s ...")
+            stop.wait(wait_s)
     _say("Stopped.")
     return 0
 
 
-def _start_and_watch(options: ServeOptions, triton: TritonProcess, stop: StopSignal) -> str | None:
-    """Serve until asked to stop and return None, or return what failed before that."""
+def _tail(options: ServeOptions, triton: TritonProcess) -> contextlib.AbstractContextManager[None]:
+    if options.shows_log:
+        return LogTail(triton.log.path, sys.stderr)
+    return contextlib.nullcontext()
+
+
+def _serve_once(
+    options: ServeOptions,
+    triton: TritonProcess,
+    stop: StopSignal,
+    backoff: Backoff,
+    endpoint: Endpoint | None,
+) -> str | None:
+    """Start a server and serve until asked to stop; return None then, else what failed."""
+    is_failed = True
+    try:
+        failure = _start_and_watch(options, triton, stop, backoff, endpoint)
+        is_failed = failure is not None
+        if not is_failed:
+            _say(_farewell(options))
+        return failure
+    finally:
+        triton.stop(
+            hurry=lambda: stop.insistent or is_failed,  # what is in flight cannot end any more
+            is_busy=InFlight(options.address, options.metrics_port).is_busy,
+        )
+
+
+def _start_and_watch(
+    options: ServeOptions,
+    triton: TritonProcess,
+    stop: StopSignal,
+    backoff: Backoff,
+    endpoint: Endpoint | None,
+) -> str | None:
     triton.start()
     _say(f"Starting Triton; log: {triton.log.path}")
     try:
@@ -105,34 +175,34 @@ def _start_and_watch(options: ServeOptions, triton: TritonProcess, stop: StopSig
     except TritonStartError as error:
         return None if stop.requested else f"Triton did not start: {error}"
     _say(f"Triton is up after {time_s:.1f} s; the engines are measured once, if they are new ...")
+    is_ours = (options.model_repository / MODEL).is_dir()
     try:
-        if (options.model_repository / MODEL).is_dir():
+        if is_ours:
             warm_up(options.address, options.http_port)
     except RuntimeError as error:
         return None if stop.requested else f"{error}; {triton.log.cause()}"
+    failure = endpoint.wait_until_ready(lambda: stop.requested) if endpoint else None
+    if failure:
+        return None if stop.requested else failure
+    backoff.started()
     _say(_welcome(options))
-    return _watch(options, triton, stop)
+    watch = Watch(
+        triton,
+        probed_model=MODEL if is_ours else None,
+        reloaded=options.reloaded_models,
+        reload_timeout_s=options.reload_timeout_s,
+        say=_say_error,
+    )
+    return _watch(watch, triton, stop)
 
 
-def _watch(options: ServeOptions, triton: TritonProcess, stop: StopSignal) -> str | None:
-    """Wait for a request to stop and return None, or return what died before that."""
-    reported: set[str] = set()
+def _watch(watch: Watch, triton: TritonProcess, stop: StopSignal) -> str | None:
+    """Wait for a request to stop and return None, or return what failed before that."""
     while not stop.wait(WATCH_S):
-        status = triton.poll()
-        if status is not None:
-            return f"tritonserver {_ending(status)}; {triton.log.cause()}"
-        for model in set(triton.dead_models()) - reported:
-            if model not in options.optional_models:
-                return f"the process of model {model!r} died; {triton.log.cause()}"
-            _say_error(f"the process of model {model!r} died; serving goes on without it")
-            reported.add(model)
+        failure = watch.failure()
+        if failure is not None:
+            return f"{failure}; {triton.log.cause()}"
     return None
-
-
-def _ending(status: int) -> str:
-    if status < 0:
-        return f"was ended by {signal.Signals(-status).name}"
-    return f"ended by itself with status {status}"
 
 
 def _triton_options(options: ServeOptions) -> TritonOptions:
@@ -145,12 +215,16 @@ def _triton_options(options: ServeOptions) -> TritonOptions:
         address=options.address,
         exit_timeout_s=options.drain_timeout_s,
         log_verbose=options.log_verbose,
+        admin_key=options.admin_key,
         env={} if config is None else {CONFIG_VARIABLE: str(config.resolve())},
     )
 
 
 def _welcome(options: ServeOptions) -> str:
     calls = example_calls(options.address, options.http_port, options.grpc_port)
+    if (openai := options.openai) is not None:
+        has = {"has_tls": openai.has_tls, "has_keys": openai.has_keys}
+        calls += "\n" + openai_call(options.address, openai.port, openai.model, **has)
     return f"Ready. Try it from another terminal:\n\n{calls}\nCtrl-C stops it."
 
 

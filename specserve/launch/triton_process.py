@@ -28,6 +28,9 @@ POLL_S = 0.05
 SETTLE_S = 3.0  # Triton looks once a second whether it may exit, and then tears down
 SHARED_MEMORY = Path("/dev/shm")
 _SERVER_ID = "SPECSERVE_SERVER_ID"
+_INTERNAL_KEY = "SPECSERVE_INTERNAL_KEY"  # see python_backend/internal.py
+_END_FILE = "SPECSERVE_END_FILE"  # once it exists, the orchestrator turns requests away
+TURN_AWAY_S = 2.0
 _STUB = "triton_python_backend_stub"
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
@@ -53,10 +56,11 @@ class TritonProcess:
         self.run_dir = run_dir
         self.server_id = f"specserve-{secrets.token_hex(6)}-"
         self.log = ServerLog(run_dir / "tritonserver.log")
+        self._end_file = run_dir / "end"
         self._installation = installation
         self._processes = MarkedProcesses(_SERVER_ID, self.server_id)
         self._process: subprocess.Popen[bytes] | None = None
-        self._models: dict[int, str] = {}  # model name by process id, known once ready
+        self._models: set[str] = set()  # those with a process, known once ready
         self._started_s = 0.0
         self._is_ready = False
 
@@ -68,9 +72,14 @@ class TritonProcess:
         """
         assert self._process is None, "a TritonProcess starts once"
         backend_dir = make_backend_dir(self._installation, self.run_dir)
-        extra = {**self.options.env, _SERVER_ID: self.server_id}
+        extra = {
+            **self.options.env,
+            _SERVER_ID: self.server_id,
+            _INTERNAL_KEY: secrets.token_urlsafe(),
+            _END_FILE: str(self._end_file),
+        }
         self._started_s = time.monotonic()
-        with self.log.path.open("wb") as log:
+        with self.log.path.open("ab") as log:  # so that it can be cut while the server writes
             self._process = subprocess.Popen(
                 self.options.command(self._installation, backend_dir, self.server_id),
                 env=server_environment(self._installation, os.environ, extra),
@@ -78,7 +87,7 @@ class TritonProcess:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_stop_with_parent,
+                preexec_fn=stop_with_parent,
             )
 
     def wait_until_ready(
@@ -106,7 +115,8 @@ class TritonProcess:
                 raise TritonStartError(f"not ready after {timeout_s:g} s\n{self.log.cause()}")
             time.sleep(POLL_S)
         self._is_ready = True
-        self._models = self._find_models()
+        self.close_shared_memory()
+        self._models = self._running_models()
         return time.monotonic() - self._started_s
 
     def poll(self) -> int | None:
@@ -115,11 +125,11 @@ class TritonProcess:
         return self._process.poll()
 
     def dead_models(self) -> list[str]:
-        """Name the models whose process ended since the server was ready; it does not restart them.
+        """Name the models that had a process when the server was ready and have none now.
 
-        The server itself goes on and still calls itself ready.
+        The server itself goes on, still calls itself ready, and starts no new one.
         """
-        return [name for pid, name in self._models.items() if not self._processes.holds(pid)]
+        return sorted(self._models - self._running_models())
 
     def stop(
         self,
@@ -134,15 +144,19 @@ class TritonProcess:
             hurry: asked often; True ends the waiting for requests.
             is_busy: whether requests are in flight; models may call each other until it is False.
         """
+        deadline_s = time.monotonic() + self.options.exit_timeout_s
         if self._process is not None:
             if self._process.poll() is None:
                 with self._models_callable():
                     self._process.send_signal(signal.SIGTERM)
-                    self._wait_while(is_busy, hurry)
-                self._drain(self._process, hurry)
+                    self._wait_while(is_busy, hurry, deadline_s)
+                    self._end_file.touch()  # nobody loses an answer without a word
+                    self._wait_while(is_busy, hurry, time.monotonic() + TURN_AWAY_S)
+                self._drain(self._process, hurry, deadline_s)
             self._processes.kill()
             self._process.wait()
         shutil.rmtree(self.run_dir / "backends", ignore_errors=True)
+        self._end_file.unlink(missing_ok=True)
         for region in self.shared_memory():
             region.unlink(missing_ok=True)
 
@@ -153,6 +167,15 @@ class TritonProcess:
     def shared_memory(self) -> list[Path]:
         """List this server's shared memory regions."""
         return list(SHARED_MEMORY.glob(f"{self.server_id}*"))
+
+    def close_shared_memory(self) -> None:
+        """Keep other users from reading the regions, through which prompts pass.
+
+        NOTE: the Python backend makes them readable for all, whatever the umask says.
+        """
+        for region in self.shared_memory():
+            with contextlib.suppress(FileNotFoundError):
+                region.chmod(0o600)
 
     def __enter__(self) -> "TritonProcess":
         try:
@@ -182,14 +205,17 @@ class TritonProcess:
         finally:
             connection.close()
 
-    def _find_models(self) -> dict[int, str]:
-        """Name each stub by the folder above its version: <model>/<version>/model.py."""
-        commands = ((pid, command_line(pid)) for pid in self._processes.pids())
+    def model_pids(self) -> dict[str, int]:
+        """Find each model's process: a stub called with <model>/<version>/model.py."""
+        commands = {pid: command_line(pid) for pid in self._processes.pids()}
         return {
-            pid: Path(command[1]).parents[1].name
-            for pid, command in commands
+            Path(command[1]).parents[1].name: pid
+            for pid, command in commands.items()
             if command and Path(command[0]).name == _STUB
         }
+
+    def _running_models(self) -> set[str]:
+        return set(self.model_pids())
 
     @contextlib.contextmanager
     def _models_callable(self) -> Iterator[None]:
@@ -209,16 +235,19 @@ class TritonProcess:
         finally:
             connection.close()
 
-    def _wait_while(self, is_busy: Callable[[], bool], hurry: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + self.options.exit_timeout_s
-        while is_busy() and self.poll() is None and not hurry() and time.monotonic() < deadline:
+    def _wait_while(
+        self, is_busy: Callable[[], bool], hurry: Callable[[], bool], deadline_s: float
+    ) -> None:
+        while is_busy() and self.poll() is None and not hurry() and time.monotonic() < deadline_s:
             time.sleep(POLL_S)
 
-    def _drain(self, process: "subprocess.Popen[bytes]", hurry: Callable[[], bool]) -> None:
+    def _drain(
+        self, process: "subprocess.Popen[bytes]", hurry: Callable[[], bool], deadline_s: float
+    ) -> None:
         """Wait for the server to end; return early when waiting cannot help."""
         busy_s = time.monotonic()
-        deadline = busy_s + SETTLE_S + (self.options.exit_timeout_s if self._is_ready else 0.0)
-        while process.poll() is None and time.monotonic() < deadline and not hurry():
+        end_s = max(busy_s, deadline_s if self._is_ready else busy_s) + SETTLE_S
+        while process.poll() is None and time.monotonic() < end_s and not hurry():
             # For a model whose process died the server waits until its timeout. The other models
             # end when the requests are done, and then there is nothing left to wait for.
             if len(self.dead_models()) < len(self._models):
@@ -228,5 +257,6 @@ class TritonProcess:
             time.sleep(POLL_S)
 
 
-def _stop_with_parent() -> None:
+def stop_with_parent() -> None:
+    """Ask, in a child before it runs, for a SIGTERM when the thread that started it ends."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,3 @@
+from python_backend.keeper import KeeperModel as TritonPythonModel
+
+__all__ = ["TritonPythonModel"]

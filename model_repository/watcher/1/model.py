@@ -1,0 +1,3 @@
+from python_backend.watcher import WatcherModel as TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
