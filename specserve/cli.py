@@ -1,5 +1,6 @@
 """The `specserve` command. Parses and prints; the work is elsewhere."""
 
+import secrets
 import sys
 import tempfile
 from pathlib import Path
@@ -8,6 +9,9 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from bench.command import bench
+from bench.report.command import report
+from bench.simulate.command import simulate
 from specserve.assemble import assemble
 from specserve.config import Config, dump_config, load_config
 from specserve.request import Request
@@ -39,9 +43,22 @@ def serve(
     grpc_port: int = 8001,
     metrics_port: int = 8002,
     address: Annotated[str, typer.Option(help="0.0.0.0 opens the server to others.")] = "127.0.0.1",
+    openai_port: Annotated[int, typer.Option(help="0 starts no OpenAI endpoint.")] = 8003,
     model_repository: Path = REPOSITORY,
+    show_log: Annotated[
+        bool, typer.Option("--show-log", help="Copy Triton's log to standard error.")
+    ] = False,
+    drain_timeout: Annotated[float, typer.Option(help="Seconds for requests to end in.")] = 30.0,
+    max_restarts: Annotated[int, typer.Option(help="Failures in a row to recover from.")] = 8,
+    open_apis: Annotated[
+        bool, typer.Option("--open-apis", help="Let all clients load models, map memory, trace.")
+    ] = False,
+    admin_key: Annotated[
+        str, typer.Option(envvar="SPECSERVE_ADMIN_KEY", help="Let who sends this key do that.")
+    ] = "",
 ) -> None:
     """Start Triton with the model repository and wait; Ctrl-C drains and stops everything."""
+    from specserve.launch.endpoint import EndpointOptions
     from specserve.launch.serve import ServeOptions
     from specserve.launch.serve import serve as launch
 
@@ -57,9 +74,36 @@ def serve(
             grpc_port=grpc_port,
             metrics_port=metrics_port,
             address=address,
+            shows_log=show_log,
+            openai=EndpointOptions.of(settings.openai, openai_port) if openai_port else None,
+            drain_timeout_s=drain_timeout,
+            max_restarts=max_restarts,
+            admin_key="" if open_apis else admin_key or secrets.token_urlsafe(),
         )
         status = launch(options)
     raise typer.Exit(status)
+
+
+@app.command()
+def openai(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    port: int = 8003,
+    address: Annotated[str, typer.Option(help="0.0.0.0 opens it to others.")] = "127.0.0.1",
+    triton: Annotated[str, typer.Option(help="Host of the Triton server.")] = "127.0.0.1",
+    grpc_port: int = 8001,
+    metrics_port: int = 8002,
+    drain_timeout_s: float = 30.0,
+) -> None:
+    """Serve OpenAI's API, and a live page at /, in front of a running Triton server."""
+    from specserve.openai.serve import Listen
+    from specserve.openai.serve import serve as launch
+
+    listen = Listen(address, port, triton, grpc_port, metrics_port, drain_timeout_s)
+    try:
+        launch(_load(config, overrides), listen)
+    except ValueError as error:
+        _fail(error)
 
 
 @app.command()
@@ -79,7 +123,12 @@ def generate(
     try:
         tokenizer = load_tokenizer(Path(settings.engine.dir) / "target")
         sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        request = Request(tokenizer.encode(prompt).ids, max_tokens, sampling)
+        request = Request(
+            tokenizer.encode(prompt).ids,
+            max_tokens,
+            sampling,
+            draft_source=settings.policy.draft_source,
+        )
         core = assemble(settings)
         core.scheduler.submit(request)
     except ValueError as error:
@@ -111,6 +160,27 @@ def profile(
         _fail(error)
     Console().print(table)
     print(f"stored: {path}")
+
+
+@app.command()
+def top(
+    address: str = "127.0.0.1",
+    metrics_port: int = 8002,
+    interval_s: Annotated[float, typer.Option(help="Between two readings.", min=0.1)] = 1.0,
+    once: Annotated[bool, typer.Option(help="Print one view and end.")] = False,
+) -> None:
+    """Watch a running server: tokens, lengths, step times, objectives, decisions."""
+    from specserve.view.terminal import watch
+
+    try:
+        watch(f"http://{address}:{metrics_port}/metrics", interval_s, Console(), once=once)
+    except OSError as error:
+        _fail(ValueError(f"no metrics at {address}:{metrics_port} ({error}): is the server up?"))
+
+
+app.command()(bench)
+app.command()(report)
+app.command()(simulate)
 
 
 def _load(config: Path | None, overrides: list[str] | None) -> Config:
