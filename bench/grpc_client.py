@@ -1,15 +1,19 @@
 """KServe gRPC streaming, asynchronous: one stream per request, times of every response."""
 
+import contextlib
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
+import grpc
 import numpy as np
 import tritonclient.grpc.aio as triton
-from tritonclient.utils import np_to_triton_dtype
+from numpy.typing import NDArray
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-DTYPES = {
+from bench.answer import Answer
+
+DTYPES: dict[str, Any] = {
     "max_tokens": np.int32,
     "min_tokens": np.int32,
     "end_id": np.int32,
@@ -21,15 +25,23 @@ DTYPES = {
 }
 
 
-@dataclass(slots=True)
-class Answer:
-    """One request as its client saw it; times in seconds of `time.perf_counter`."""
+class GrpcClient:
+    """One channel to one model of a server. See `bench.load_generator.Client`."""
 
-    sent_s: float
-    text: str = ""
-    response_s: list[float] = field(default_factory=list)
-    tensors: dict[str, Any] = field(default_factory=dict)
-    error: str | None = None
+    def __init__(self, client: triton.InferenceServerClient, model: str) -> None:
+        self._client = client
+        self._model = model
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def connect(cls, address: str, model: str) -> "AsyncIterator[GrpcClient]":
+        """Open a channel for the time of the context."""
+        async with triton.InferenceServerClient(address) as client:
+            yield cls(client, model)
+
+    async def send(self, tensors: Mapping[str, Any]) -> Answer:
+        """Stream one request to its end."""
+        return await stream(self._client, self._model, tensors)
 
 
 async def stream(
@@ -45,17 +57,29 @@ async def stream(
         }
 
     answer = Answer(sent_s=time.perf_counter())
-    async for result, error in client.stream_infer(requests()):
+    async for result, error in _responses(client, requests()):
         if error is not None:
             answer.error = str(error)
             break
-        answer.response_s.append(time.perf_counter())
-        for output in result.get_response().outputs:
-            answer.tensors[output.name] = result.as_numpy(output.name)
-        text = result.as_numpy("text_output")
-        if text is not None:
-            answer.text += text.reshape(-1)[0].decode()
+        outputs = [output.name for output in result.get_response().outputs]
+        if outputs:
+            answer.response_s.append(time.perf_counter())
+        for name in outputs:
+            array = result.as_numpy(name)
+            answer.tensors[name] = array.item() if array.size == 1 else array
+        answer.text += answer.tensors.pop("text_output", b"").decode()
     return answer
+
+
+async def _responses(
+    client: triton.InferenceServerClient, requests: AsyncIterator[dict[str, Any]]
+) -> AsyncIterator[tuple[Any, Any]]:
+    """Yield responses and errors, that of a broken connection too."""
+    try:
+        async for result, error in client.stream_infer(requests):
+            yield result, error
+    except (InferenceServerException, grpc.RpcError) as error:
+        yield None, error
 
 
 def _input(name: str, value: Any) -> triton.InferInput:
@@ -65,7 +89,7 @@ def _input(name: str, value: Any) -> triton.InferInput:
     return tensor
 
 
-def _array(name: str, value: Any) -> np.ndarray:
+def _array(name: str, value: Any) -> NDArray[Any]:
     values = value if isinstance(value, list) else [value]
     if isinstance(values[0], str):
         return np.array([[text.encode() for text in values]], dtype=object)

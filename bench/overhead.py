@@ -55,6 +55,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--engines", default=str(ROOT / "build" / "bench_target"))
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--policy", default="specserve")
+    parser.add_argument("--model", default="specserve", help="or ensemble, tensorrt_llm_bls")
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--output", type=Path, help="append the JSON line to this file")
@@ -63,7 +64,8 @@ def _parse() -> argparse.Namespace:
 
 async def _measure(server: Served, num_streams: int, options: argparse.Namespace) -> dict[str, Any]:
     tokenizer = load_tokenizer(Path(options.engines) / "target")
-    prompts = held_out_prompts(tokenizer, 64, PROMPT_TOKENS)
+    token_ids = held_out_prompts(tokenizer, 64, PROMPT_TOKENS)
+    prompts = [tokenizer.decode(ids) for ids in token_ids]
     async with triton.InferenceServerClient(f"127.0.0.1:{server.grpc_port}") as client:
 
         async def one_client(index: int, until: float) -> None:
@@ -71,11 +73,11 @@ async def _measure(server: Served, num_streams: int, options: argparse.Namespace
             while time.perf_counter() < until:
                 prompt = prompts[turn % len(prompts)]
                 tensors = {
-                    "input_ids": prompt,
+                    "text_input": prompt,
                     "max_tokens": options.max_tokens,
                     "stream": True,
                 }
-                answer = await stream(client, "specserve", tensors)
+                answer = await stream(client, options.model, tensors)
                 if answer.error:
                     raise RuntimeError(answer.error)
                 turn += num_streams

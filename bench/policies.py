@@ -6,10 +6,13 @@ every row decodes; the rate with prompt processing stands beside it. Every polic
 step loop, prompts and clock; rounds interleave the policies in random order, so that a slow moment
 of the machine hits all alike. Policies keep what they learn from round to round; the first rounds
 only warm up (adaptive_verification takes 300 steps for that). `--engine simulated` replays a
-recorded acceptance process in virtual time instead.
+recorded acceptance process in virtual time instead. Benchmark pairs are the demo pair inflated to
+the cost of larger models: real acceptance at real cost, and the text of neither.
 
 Example: python -m bench.policies --concurrency 1 2 4 8 16
          python -m bench.policies --engine simulated
+         python -m bench.policies --engine torch --device cuda --compile \
+             --engines build/gpu_pair --concurrency 1 4 16 64 256 --requests 2
 """
 
 import argparse
@@ -25,25 +28,30 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from bench.gpu import describe_gpu
 from bench.prompts import held_out_prompts
 from bench.record import ROOT, emit
 from specserve import engines
 from specserve.assemble import assemble
-from specserve.config import Config, load_config
+from specserve.config import Config, SchedulerConfig, load_config
 from specserve.core import SpecServe
 from specserve.engines import DraftEngine, EngineInfo, TargetEngine
 from specserve.engines.simulated import RecordedAcceptance, SimulatedPair, VirtualClock
 from specserve.pacing import Pacer
 from specserve.policies import Policy, make_policy, needs_profile
+from specserve.policies.specserve import SpecServePolicy
 from specserve.predictor.measure import measure
 from specserve.predictor.profile import Profile
 from specserve.predictor.step_time import StepTimeModel
 from specserve.predictor.store import load_or_measure
 from specserve.request import Request
+from specserve.telemetry import make_telemetry
+from specserve.telemetry.state import NoTelemetry, Telemetry
 from specserve.text import load_tokenizer
 
 ASSETS = ROOT / "tests" / "assets"
 PROMPT_TOKENS = 96
+FILES_WITH_TESTS = 300  # that every Python with its tests has, long enough for a window
 TOTALS = (
     "num_steps", "num_drafted_tokens", "num_verified_tokens", "num_accepted_tokens",
     "step_s", "draft_s", "verify_s",
@@ -88,11 +96,17 @@ def _full_decoding(core: SpecServe, concurrency: int, clock: Callable[[], float]
 
 @dataclass(slots=True)
 class Cell:
-    """One policy at one load: totals over the counted rounds."""
+    """One policy at one load: totals over the counted rounds.
+
+    Attributes:
+        step_time_error: median and 95th percentile of |predicted - measured| / measured of late,
+            for verifications, where the policy predicts them.
+    """
 
     rates: list[float] = field(default_factory=list)
     all_rates: list[float] = field(default_factory=list)
     stats: dict[str, float] = field(default_factory=dict)
+    step_time_error: tuple[float, float] | None = None
 
     def add(self, run: Run) -> None:
         """Count a run."""
@@ -100,6 +114,8 @@ class Cell:
         self.all_rates.append(run.num_all_tokens / run.all_seconds)
         for name in TOTALS:
             self.stats[name] = self.stats.get(name, 0.0) + getattr(run.core.stats, name)
+        if isinstance(run.core.policy, SpecServePolicy):
+            self.step_time_error = run.core.policy.step_time.verify_error()
 
     @property
     def tokens_per_s(self) -> float:
@@ -116,11 +132,13 @@ class Bench:
     profile: Profile
     engines_for: Callable[[int], tuple[DraftEngine, TargetEngine, Callable[[], float]]]
     prompts: list[list[int]]
+    telemetry: Telemetry = field(default_factory=NoTelemetry)
 
     def policy(self, arm: str) -> tuple[Policy, Pacer | None]:
         """Make an arm's policy with a predictor of its own."""
         config = load_config(None, ARMS[arm]).policy
-        step_time = StepTimeModel(self.profile) if needs_profile(config.name) else None
+        needed = needs_profile(config.name)
+        step_time = StepTimeModel(self.profile, self.telemetry) if needed else None
         pacer = Pacer(step_time) if step_time and arm == "specserve" else None
         return make_policy(config, step_time), pacer
 
@@ -129,7 +147,8 @@ class Bench:
     ) -> Run:
         """Run one closed loop until it is no longer full."""
         draft, target, clock = self.engines_for(seed)
-        config = load_config(None, [*options.overrides, f"scheduler.max_num_seqs={concurrency}"])
+        limits = [f"scheduler.max_num_seqs={concurrency}", "telemetry.source=none"]
+        config = load_config(None, [*options.overrides, *limits])
         core = assemble(
             config, info=self.info, draft_engine=draft, target_engine=target, policy=policy,
             clock=clock,
@@ -154,6 +173,7 @@ def main() -> None:
         {
             "bench": "policies",
             "engine": options.engine,
+            "gpu": describe_gpu(bench.telemetry),
             "tokens_per_s": {
                 arm: {str(c): round(cells[c][arm].tokens_per_s, 2) for c in cells}
                 for arm in options.arms
@@ -167,6 +187,11 @@ def main() -> None:
             "steps": {
                 arm: {str(c): _per_step(cells[c][arm]) for c in cells} for arm in options.arms
             },
+            "step_time_error": {
+                str(c): cells[c]["specserve"].step_time_error
+                for c in cells
+                if "specserve" in cells[c]
+            },
             "wall_s": round(time.perf_counter() - started, 1),
             "config": vars(options),
         },
@@ -176,7 +201,9 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--engine", choices=["openvino", "simulated"], default="openvino")
+    parser.add_argument("--engine", choices=["openvino", "torch", "simulated"], default="openvino")
+    parser.add_argument("--device", default="cpu", help="of the torch engine")
+    parser.add_argument("--compile", action="store_true", help="torch on a GPU")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--rounds", type=int, default=3, help="counted")
@@ -189,21 +216,45 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--recording", type=Path, default=ASSETS / "acceptance_demo.npz")
     parser.add_argument("--output", type=Path, help="append the JSON line to this file")
     options = parser.parse_args()
-    options.overrides = [
-        f"engine.dir={options.engines}",
-        f"engine.precision={options.precision}",
-    ]
+    options.overrides = [f"engine.dir={options.engines}", f"engine.precision={options.precision}"]
+    if options.engine == "torch":
+        options.overrides += [
+            "engine.name=torch", f"engine.device={options.device}",
+            f"engine.compile={str(options.compile).lower()}",
+        ]  # fmt: skip
+    options.overrides += _room_for(max(options.concurrency))
     return options
+
+
+def _room_for(concurrency: int) -> list[str]:
+    """Raise the limits of a step and the KV cache above their defaults for many requests."""
+    limits, overrides = SchedulerConfig(), []
+    for name, needed in (
+        ("max_num_seqs", concurrency),
+        ("max_num_batched_tokens", 8 * concurrency),
+        ("prefill_chunk_tokens", 4 * concurrency),
+        ("kv_cache_tokens", 256 * concurrency),
+    ):
+        if needed > getattr(limits, name):
+            overrides.append(f"scheduler.{name}={needed}")
+    return overrides
 
 
 def _real(options: argparse.Namespace) -> Bench:
     config = load_config(None, options.overrides)
     info = engines.describe(config)
     draft, target = engines.make_draft_engine(config), engines.make_target_engine(config)
-    profile = load_or_measure(config, lambda marks: measure(draft, target, info, marks))
+    telemetry = make_telemetry(config)
+    profile = load_or_measure(
+        config, lambda marks: measure(draft, target, info, marks), telemetry.reading
+    )
     tokenizer = load_tokenizer(Path(config.engine.dir) / "target")
-    prompts = held_out_prompts(tokenizer, 64, PROMPT_TOKENS)
-    return Bench(config, info, profile, lambda _: (draft, target, time.perf_counter), prompts)
+    wanted = max(64, max(options.concurrency) * options.requests)
+    prompts = held_out_prompts(
+        tokenizer, wanted, PROMPT_TOKENS, per_file=-(-wanted // FILES_WITH_TESTS)
+    )
+    pair = (draft, target, time.perf_counter)
+    return Bench(config, info, profile, lambda _: pair, prompts, telemetry)
 
 
 def _simulated(options: argparse.Namespace) -> Bench:

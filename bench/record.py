@@ -43,12 +43,17 @@ def context() -> dict[str, Any]:
 
 def emit(result: Mapping[str, Any], path: Path | None = None) -> None:
     """Print the result as one JSON line, the last of the output, and append it to a file."""
-    line = json.dumps({**result, **context()}, default=str).replace(f"{ROOT}/", "")
+    line = portable(json.dumps({**result, **context()}, default=str))
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
     print(line, flush=True)
+
+
+def portable(line: str) -> str:
+    """Name files from the repository's root, not from this machine's."""
+    return line.replace(f"{ROOT}/", "")
 
 
 def _cpu_name() -> str:

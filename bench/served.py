@@ -34,7 +34,7 @@ class Served:
         self.process.stop(is_busy=in_flight.is_busy)
 
     def metrics(self) -> dict[str, float]:
-        """Read the `specserve_` metrics, by name."""
+        """Read the `specserve_` metrics, by name and labels as they are printed."""
         url = f"http://127.0.0.1:{self.metrics_port}/metrics"
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         text = opener.open(url, timeout=10).read().decode()
@@ -54,7 +54,7 @@ def serving(
     with tempfile.TemporaryDirectory(prefix="specserve-") as folder:
         path = Path(folder) / "specserve.toml"
         path.write_text(dump_config(config), encoding="utf-8")
-        http_port, grpc_port, metrics_port = _free_ports(3)
+        http_port, grpc_port, metrics_port = free_ports(3)
         options = TritonOptions(
             model_repository=repository,
             http_port=http_port,
@@ -71,7 +71,8 @@ def serving(
             served.stop()
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Return ports of this machine that were free a moment ago."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:
