@@ -5,8 +5,13 @@ PYTHON ?= python3
 HTTP_PORT ?= 8000
 GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
+OPENAI_PORT ?= 8003
 ADDRESS ?= 127.0.0.1
 ARGS ?=
+# `make bench` ends in some ten minutes on two cores with these; `specserve bench` has them all.
+BENCH_TRACE ?= $(if $(SPECSERVE_DATA),azure_2023_conv,poisson)
+BENCH_OUTPUT ?= build/bench/$(shell git describe --always --dirty --abbrev=12)
+BENCH_ARGS ?= --load 0.3 --load 0.7 --slo-scale 1 --window-s 15 --set scheduler.max_num_seqs=16
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,15 +24,19 @@ OPTIMUM := optimum==2.3.0 optimum-intel==2.2.0
 SERVE := $(VENV)/.serve-installed
 BUILD := $(VENV)/.build-installed
 TEST := $(VENV)/.test-installed
+BENCH := $(VENV)/.bench-installed
+CLIENTS := $(VENV)/clients/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help serve build test check clean
+.PHONY: help serve build test bench clients check clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo 'make serve   start the server; HTTP_PORT GRPC_PORT METRICS_PORT ADDRESS ARGS'
+	@echo 'make serve   start the server; HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT ADDRESS ARGS'
 	@echo 'make build   install what building engines needs (torch, transformers, optimum-intel)'
 	@echo 'make test    run the tests'
+	@echo 'make clients install aiperf, 1.2 GB, for the tests that run it'
+	@echo 'make bench   measure every policy on a server, in ten minutes; SPECSERVE_DATA BENCH_ARGS ...'
 	@echo 'make check   run ruff and mypy'
 	@echo 'make clean   remove $(VENV) and the caches'
 	@echo 'PYTHON=python3.12 chooses the Python that $(VENV) is made with (3.11 or 3.12)'
@@ -35,12 +44,20 @@ help:
 # exec: the launcher takes the shell's place and gets the signals itself.
 serve: $(SERVE)
 	@exec $(BIN)/specserve serve --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) \
-	  --metrics-port $(METRICS_PORT) --address $(ADDRESS) $(ARGS)
+	  --metrics-port $(METRICS_PORT) --openai-port $(OPENAI_PORT) --address $(ADDRESS) $(ARGS)
 
 build: $(BUILD)
 
 test: $(TEST)
 	@exec $(BIN)/pytest tests $(ARGS)
+
+bench: $(BENCH)
+	@$(BIN)/python -m build_engines bench-target --output build/bench_target
+	@$(BIN)/specserve bench --trace $(BENCH_TRACE) --output $(BENCH_OUTPUT).jsonl \
+	  --set engine.dir=build/bench_target --set engine.precision=bf16 $(BENCH_ARGS)
+	@$(BIN)/specserve report $(BENCH_OUTPUT).jsonl --output $(BENCH_OUTPUT)
+
+clients: $(CLIENTS)
 
 check: $(TEST)
 	$(BIN)/ruff check .
@@ -75,4 +92,16 @@ $(TEST): $(PINS) $(SERVE)
 	@echo 'Installing what the tests need ...'
 	@$(PIP) -e '.[serve,build,test]'
 	@$(PIP) --no-deps $(OPTIMUM)
+	@touch $@
+
+$(BENCH): $(PINS) $(BUILD)
+	@echo 'Installing what reports need ...'
+	@$(PIP) -e '.[serve,build,report]'
+	@touch $@
+
+# In an environment of its own: aiperf pins other versions of what the tests use.
+$(CLIENTS): tests/aiperf.txt | $(BIN)/python
+	@echo 'Installing aiperf ...'
+	@$(BIN)/python -m venv $(VENV)/clients
+	@$(VENV)/clients/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
