@@ -109,7 +109,9 @@ def test_openai_python_raises_the_errors_it_has_names_for(endpoint: Endpoint) ->
         assert bad.value.param == "prompt"
         with pytest.raises(openai.NotFoundError, match="does not exist"):
             client.completions.create(model="other", prompt=CODE)
-        with pytest.raises(openai.RateLimitError, match="try again"):
+        busy = client.completions.create(model=MODEL, prompt=CODE, max_tokens=2000, stream=True)
+        next(iter(busy))  # an idle server lets everybody in
+        with busy, pytest.raises(openai.RateLimitError, match="try again"):
             client.completions.create(model=MODEL, prompt=CODE, extra_headers=late)
 
 
