@@ -1,8 +1,7 @@
 """The manifest: what an engine folder holds, and whether two of them form a pair.
 
 `build_engines` writes `manifest.json` beside every engine it makes; serving reads it before it
-loads anything heavy. This file owns the format and knows no engine: it imports neither OpenVINO nor
-torch.
+loads anything heavy. This file owns the format and imports no engine.
 """
 
 from __future__ import annotations
@@ -19,6 +18,9 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 ENGINES = ("openvino", "tensorrt_llm", "torch")
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "int8", "int4")
+QUANTIZATIONS = ("none", "fp8", "int8_wo", "int4_wo", "int8_sq", "int4_awq")
+KV_CACHES = ("bf16", "fp16", "fp8", "int8")
+OPTIONAL = ("compiled",)
 COUNTS = (
     "vocab_size",
     "max_seq_len",
@@ -48,13 +50,71 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class Compiled:
+    """What a TensorRT-LLM engine was compiled for, which its executor cannot exceed.
+
+    Attributes:
+        quantization: one of QUANTIZATIONS, as TensorRT-LLM spells them.
+        kv_cache: one of KV_CACHES.
+        vocab_rows: of the embedding in the checkpoint, at least the manifest's `vocab_size`: ids
+            from there on have no text, and differ in number between models of one tokenizer.
+        max_batch_size: sequences of a step.
+        max_input_len: tokens of one call's input: prompt, output so far and draft together.
+        max_num_tokens: tokens of a step that are not in the KV cache yet, over all sequences.
+        max_draft_len: draft tokens of one verification; 0 on a draft, which verifies none.
+        tokens_per_block: token slots of a KV block.
+        tp_size: tensor-parallel ranks.
+        pp_size: pipeline-parallel ranks.
+
+    Raises:
+        ValueError: on a value out of its range, of another type, or that contradicts another.
+    """
+
+    quantization: str
+    kv_cache: str
+    vocab_rows: int
+    max_batch_size: int
+    max_input_len: int
+    max_num_tokens: int
+    max_draft_len: int
+    tokens_per_block: int
+    tp_size: int
+    pp_size: int
+
+    def __post_init__(self) -> None:
+        _check_choice("compiled.quantization", self.quantization, QUANTIZATIONS)
+        _check_choice("compiled.kv_cache", self.kv_cache, KV_CACHES)
+        for field in dataclasses.fields(self)[2:]:
+            least = 0 if field.name == "max_draft_len" else 1
+            _check_count(f"compiled.{field.name}", getattr(self, field.name), least)
+        if self.max_num_tokens < self.num_step_tokens:
+            raise ValueError(
+                f"compiled.max_num_tokens is {self.max_num_tokens}, must be {self.num_step_tokens} "
+                f"or more: {self.max_batch_size} sequences of {self.max_draft_len} draft tokens, "
+                f"each with a block of {self.tokens_per_block} that may not be cached; raise it, "
+                "or lower max_batch_size"
+            )
+
+    @property
+    def num_step_tokens(self) -> int:
+        """Count what a step of full size may have to compute: drafts and last blocks."""
+        return self.max_batch_size * (self.max_draft_len + self.tokens_per_block)
+
+    @property
+    def world_size(self) -> int:
+        """Return the number of ranks, which is that of GPUs and of `rank*.engine` files."""
+        return self.tp_size * self.pp_size
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """One engine folder.
 
     Attributes:
         engine: one of ENGINES, the name under which serving finds the engine.
         precision: one of PRECISIONS, of the stored weights.
-        vocab_size: rows of the logits; both engines of a pair must have the same.
+        vocab_size: rows of the logits or, with `compiled`, tokens of the tokenizer; both engines of
+            a pair must have the same.
         tokenizer_sha256: hex digest of tokenizer.json.
         max_seq_len: prompt and output tokens that one sequence may hold.
         num_parameters: tied weights count once.
@@ -62,6 +122,7 @@ class Manifest:
         builder: package name to version, of what built the engine.
         files: names inside the folder that the engine cannot do without.
         format_version: of the manifest itself.
+        compiled: of `tensorrt_llm` engines, and only of them.
 
     Raises:
         ValueError: on a value out of its range or of another type.
@@ -81,6 +142,7 @@ class Manifest:
     builder: Mapping[str, str]
     files: tuple[str, ...]
     format_version: int = FORMAT_VERSION
+    compiled: Compiled | None = None
 
     def __post_init__(self) -> None:
         _check_version(self.format_version)
@@ -95,6 +157,19 @@ class Manifest:
             _check_text("files", file)
             if Path(file).name != file:
                 raise ValueError(f"files names {file!r}, must be bare names inside the folder")
+        self._check_compiled()
+
+    def _check_compiled(self) -> None:
+        if (self.compiled is not None) != (self.engine == "tensorrt_llm"):
+            raise ValueError(
+                f"compiled is {self.compiled}, and the engine {self.engine}: "
+                "tensorrt_llm engines have that section, others do not"
+            )
+        if self.compiled and self.compiled.vocab_rows < self.vocab_size:
+            raise ValueError(
+                f"compiled.vocab_rows is {self.compiled.vocab_rows}, must be at least the "
+                f"{self.vocab_size} tokens of vocab_size"
+            )
 
 
 def load(engine_dir: str | Path) -> Manifest:
@@ -125,7 +200,10 @@ def save(manifest: Manifest, engine_dir: str | Path) -> None:
     folder = Path(engine_dir)
     if missing := _missing_files(manifest, folder):
         raise ValueError(f"{folder} has no {missing}: write the manifest after all other files")
-    text = json.dumps(dataclasses.asdict(manifest), indent=2) + "\n"
+    values = dataclasses.asdict(manifest)
+    if manifest.compiled is None:
+        del values["compiled"]
+    text = json.dumps(values, indent=2) + "\n"
     (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
 
 
@@ -133,8 +211,8 @@ def check_pair(draft: Manifest, target: Manifest) -> None:
     """Refuse two engines that cannot speculate together.
 
     Raises:
-        ValueError: if engine, vocabulary or tokenizer differ, or if the draft's sequences are
-            shorter than the target's.
+        ValueError: if engine, vocabulary or tokenizer differ, or if the draft cannot follow as many
+            or as long sequences as the target.
     """
     if draft.engine != target.engine:
         raise ValueError(
@@ -160,6 +238,33 @@ def check_pair(draft: Manifest, target: Manifest) -> None:
             f"{target.max_seq_len}, or lower max_position_embeddings in the target's config.json "
             f"to {draft.max_seq_len} and build again"
         )
+    if draft.compiled and target.compiled:
+        _check_compiled_pair(draft.compiled, target.compiled)
+
+
+def _check_compiled_pair(draft: Compiled, target: Compiled) -> None:
+    for name in ("max_batch_size", "max_input_len"):
+        theirs, ours = getattr(target, name), getattr(draft, name)
+        if ours < theirs:
+            raise ValueError(
+                f"draft {name} is {ours}, the target's is {theirs}: "
+                f"build the draft with --{name} {theirs}"
+            )
+    if draft.tokens_per_block != target.tokens_per_block:
+        raise ValueError(
+            f"draft tokens_per_block is {draft.tokens_per_block}, the target's is "
+            f"{target.tokens_per_block}: build both with the same"
+        )
+    if draft.max_draft_len:
+        raise ValueError(
+            f"draft max_draft_len is {draft.max_draft_len}, must be 0: build it without "
+            "--speculative_decoding_mode, which is the target's"
+        )
+    if not target.max_draft_len:
+        raise ValueError(
+            "target max_draft_len is 0, must be 1 or more: build it with "
+            "--speculative_decoding_mode draft_tokens_external --max_draft_len 8"
+        )
 
 
 def _parse(data: object) -> Manifest:
@@ -172,7 +277,12 @@ def _parse(data: object) -> Manifest:
     _object("builder", values["builder"])
     if not isinstance(values["files"], list):
         raise ValueError(f"files is {values['files']!r}, must be a list of names")
-    return Manifest(**{**values, "source": Source(**source), "files": tuple(values["files"])})
+    sections: dict[str, Any] = {"source": Source(**source), "files": tuple(values["files"])}
+    if "compiled" in values:
+        compiled = _object("compiled", values["compiled"])
+        _check_keys("compiled", compiled, Compiled)
+        sections["compiled"] = Compiled(**compiled)
+    return Manifest(**{**values, **sections})
 
 
 def _missing_files(manifest: Manifest, folder: Path) -> str:
@@ -185,7 +295,9 @@ def _object(name: str, data: object) -> dict[str, Any]:
     return data
 
 
-def _check_keys(name: str, given: Collection[str], kind: type[Manifest] | type[Source]) -> None:
+def _check_keys(
+    name: str, given: Collection[str], kind: type[Manifest | Source | Compiled]
+) -> None:
     known = [field.name for field in dataclasses.fields(kind)]
     for key in given:
         if key not in known:
@@ -193,7 +305,7 @@ def _check_keys(name: str, given: Collection[str], kind: type[Manifest] | type[S
                 f"{name} has the unknown key {key!r}, nearest is {_near(key, known)!r}"
             )
     for key in known:
-        if key not in given:
+        if key not in given and key not in OPTIONAL:
             raise ValueError(f"{name} has no {key!r}, must have {', '.join(known)}")
 
 
@@ -221,9 +333,9 @@ def _check_digest(name: str, value: object) -> None:
         raise ValueError(f"{name} is {value!r}, must be 64 lower-case hex digits")
 
 
-def _check_count(name: str, value: object) -> None:
-    if type(value) is not int or value < 1:  # a bool is an int, but not a count
-        raise ValueError(f"{name} is {value!r}, must be a whole number of at least 1")
+def _check_count(name: str, value: object, least: int = 1) -> None:
+    if type(value) is not int or value < least:  # a bool is an int, but not a count
+        raise ValueError(f"{name} is {value!r}, must be a whole number of at least {least}")
 
 
 def _near(name: str, known: Collection[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from specserve import manifest as manifests
-from specserve.manifest import Manifest, Source
+from specserve.manifest import Compiled, Manifest, Source
 
 DEMO_PAIR = Path(__file__).parents[1] / "build_engines" / "demo_pair" / "openvino"
 
@@ -32,6 +32,26 @@ def make_manifest(**changes: Any) -> Manifest:
         "files": ("model.xml", "tokenizer.json"),
     }
     return Manifest(**{**values, **changes})
+
+
+def make_compiled(**changes: Any) -> Compiled:
+    values: dict[str, Any] = {
+        "quantization": "none",
+        "kv_cache": "bf16",
+        "vocab_rows": 128,
+        "max_batch_size": 4,
+        "max_input_len": 256,
+        "max_num_tokens": 512,
+        "max_draft_len": 8,
+        "tokens_per_block": 32,
+        "tp_size": 2,
+        "pp_size": 2,
+    }
+    return Compiled(**{**values, **changes})
+
+
+def make_compiled_manifest(**changes: Any) -> Manifest:
+    return make_manifest(engine="tensorrt_llm", compiled=make_compiled(**changes))
 
 
 @pytest.fixture
@@ -121,6 +141,65 @@ def test_pair_that_cannot_speculate_is_refused(changes: dict[str, Any], message:
 def test_pair_may_differ_in_size_precision_and_a_longer_draft() -> None:
     draft = make_manifest(max_seq_len=512, precision="int8", num_layers=1, num_parameters=10)
     manifests.check_pair(draft=draft, target=make_manifest())
+
+
+def test_compiled_section_is_saved_where_there_is_one(engine_dir: Path) -> None:
+    assert "compiled" not in json.loads((engine_dir / manifests.MANIFEST_FILE).read_text())
+    manifests.save(make_compiled_manifest(), engine_dir)
+    loaded = manifests.load(engine_dir)
+    assert loaded == make_compiled_manifest()
+    assert loaded.compiled is not None
+    assert loaded.compiled.world_size == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"quantization": "int3"}, r"compiled\.quantization is 'int3', .* nearest is 'int"),
+        ({"kv_cache": "fp32"}, r"compiled\.kv_cache is 'fp32'"),
+        ({"max_draft_len": -1}, r"compiled\.max_draft_len is -1, .* at least 0"),
+        ({"tp_size": 0}, r"compiled\.tp_size is 0, .* at least 1"),
+        ({"max_num_tokens": 159}, r"max_num_tokens is 159, must be 160 or more"),
+        ({"vocab_rows": 99}, r"vocab_rows is 99, must be at least the 100 tokens"),
+    ],
+)
+def test_bad_compiled_section_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    assert make_compiled_manifest(max_num_tokens=160, vocab_rows=100)
+    with pytest.raises(ValueError, match=message):
+        make_compiled_manifest(**changes)
+
+
+def test_compiled_section_belongs_to_tensorrt_llm(engine_dir: Path) -> None:
+    with pytest.raises(ValueError, match="compiled is None, and the engine tensorrt_llm"):
+        make_manifest(engine="tensorrt_llm")
+    with pytest.raises(ValueError, match="and the engine openvino: tensorrt_llm engines have"):
+        make_manifest(compiled=make_compiled())
+    rewrite(engine_dir, compiled={"max_draft_ln": 3})
+    with pytest.raises(ValueError, match="'max_draft_ln', nearest is 'max_draft_len'"):
+        manifests.load(engine_dir)
+
+
+@pytest.mark.parametrize(
+    ("draft", "target", "message"),
+    [
+        ({"max_batch_size": 3}, {}, "draft max_batch_size is 3, the target's is 4"),
+        ({"max_input_len": 255}, {}, "draft max_input_len is 255, the target's is 256"),
+        ({"tokens_per_block": 64}, {}, "draft tokens_per_block is 64, the target's is 32"),
+        ({"max_draft_len": 8}, {}, "draft max_draft_len is 8, must be 0"),
+        ({}, {"max_draft_len": 0}, "target max_draft_len is 0, must be 1 or more"),
+    ],
+)
+def test_compiled_pair_that_cannot_speculate_is_refused(
+    draft: dict[str, Any], target: dict[str, Any], message: str
+) -> None:
+    one_gpu = {"max_draft_len": 0, "tp_size": 1, "pp_size": 1, "quantization": "int4_awq"}
+    fits = make_compiled_manifest(**one_gpu, vocab_rows=100)
+    manifests.check_pair(draft=fits, target=make_compiled_manifest())
+    with pytest.raises(ValueError, match=message):
+        manifests.check_pair(
+            draft=make_compiled_manifest(**{**one_gpu, **draft}),
+            target=make_compiled_manifest(**target),
+        )
 
 
 def test_shipped_demo_pair_is_a_pair() -> None:
