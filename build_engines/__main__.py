@@ -23,8 +23,10 @@ from build_engines import measure as measuring
 from build_engines import openvino as ir
 from build_engines import pair as pairs
 from build_engines import torch as checkpoints
+from build_engines.tensorrt_llm.command import tensorrt_llm
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app.command("tensorrt_llm")(tensorrt_llm)
 Folder = Annotated[Path, typer.Option(file_okay=False)]
 Precision = Annotated[str, typer.Option(help=f"one of {', '.join(ir.PRECISIONS)}")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace files of the same names")]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 TOKENIZER_FILE = "tokenizer.json"
+INDEX_FILE = "model.safetensors.index.json"
 DECODER_SUFFIXES = ("ForCausalLM", "LMHeadModel")
 
 
@@ -55,6 +56,10 @@ class Checkpoint:
         return self._count("hidden_size")
 
     @property
+    def ffn_size(self) -> int:
+        return self._count("intermediate_size")
+
+    @property
     def head_dim(self) -> int:
         if self.config.get("head_dim") is None:
             return self.hidden_size // self.num_heads
@@ -62,7 +67,12 @@ class Checkpoint:
 
     @property
     def weight_files(self) -> list[Path]:
-        return sorted(self.path.glob("*.safetensors"))
+        """Return the shards that the index names, which leaves out a second copy of the weights."""
+        index = self.path / INDEX_FILE
+        if not index.is_file():
+            return sorted(self.path.glob("*.safetensors"))
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return sorted(self.path / name for name in set(names))
 
     @property
     def tokenizer_sha256(self) -> str:
@@ -108,6 +118,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         )
     if not checkpoint.weight_files:
         raise ValueError(f"{folder} has no *.safetensors: save it with save_pretrained()")
+    if missing := [file.name for file in checkpoint.weight_files if not file.is_file()]:
+        raise ValueError(
+            f"{folder} has no {missing[0]}, one of {len(missing)} missing files that {INDEX_FILE} "
+            "names: download it again"
+        )
     return checkpoint
 
 

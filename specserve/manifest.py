@@ -19,7 +19,7 @@ MANIFEST_FILE = "manifest.json"
 ENGINES = ("openvino", "tensorrt_llm", "torch")
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "int8", "int4")
 QUANTIZATIONS = ("none", "fp8", "int8_wo", "int4_wo", "int8_sq", "int4_awq")
-KV_CACHES = ("bf16", "fp16", "fp8", "int8")
+KV_CACHES = ("bf16", "fp16", "fp8")
 OPTIONAL = ("compiled",)
 COUNTS = (
     "vocab_size",

@@ -1,0 +1,3 @@
+from trtllm_toolchain.convert import convert_checkpoint
+
+convert_checkpoint("llama")

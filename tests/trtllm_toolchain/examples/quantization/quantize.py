@@ -1,0 +1,3 @@
+from trtllm_toolchain.convert import quantize
+
+quantize()
