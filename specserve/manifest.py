@@ -247,23 +247,22 @@ def _check_compiled_pair(draft: Compiled, target: Compiled) -> None:
         theirs, ours = getattr(target, name), getattr(draft, name)
         if ours < theirs:
             raise ValueError(
-                f"draft {name} is {ours}, the target's is {theirs}: "
-                f"build the draft with --{name} {theirs}"
+                f"draft {name} is {ours}, the target's is {theirs}: build both again, in one go"
             )
     if draft.tokens_per_block != target.tokens_per_block:
         raise ValueError(
             f"draft tokens_per_block is {draft.tokens_per_block}, the target's is "
-            f"{target.tokens_per_block}: build both with the same"
+            f"{target.tokens_per_block}: build both again, in one go"
         )
     if draft.max_draft_len:
         raise ValueError(
-            f"draft max_draft_len is {draft.max_draft_len}, must be 0: build it without "
-            "--speculative_decoding_mode, which is the target's"
+            f"draft max_draft_len is {draft.max_draft_len}, must be 0: it was built as a target; "
+            "build both again, in one go"
         )
     if not target.max_draft_len:
         raise ValueError(
-            "target max_draft_len is 0, must be 1 or more: build it with "
-            "--speculative_decoding_mode draft_tokens_external --max_draft_len 8"
+            "target max_draft_len is 0, must be 1 or more: it was built as a draft; "
+            "build both again, in one go, with --max-draft-len 8"
         )
 
 

@@ -240,6 +240,11 @@ def test_options_that_cannot_do_are_refused(options: dict[str, Any], message: st
             {},
             "GemmaForCausalLM.*must be one of LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausal",
         ),
+        (
+            {"architectures": ["GPT2LMHeadModel"], "max_position_embeddings": None},
+            {},
+            "GPT2LMHeadModel.*must be one of LlamaForCausalLM",
+        ),
         ({"architectures": None}, {}, "m is None, must be one of LlamaForCausalLM"),
         (
             {"architectures": ["Qwen3ForCausalLM"]},

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from build_engines.tensorrt_llm import built, toolchain
 from build_engines.tensorrt_llm.checks import check_folders, check_plans
+from build_engines.tensorrt_llm.families import family_of
 from build_engines.tensorrt_llm.models import Model
 from build_engines.tensorrt_llm.options import Options
 from build_engines.tensorrt_llm.plan import EnginePlan, make_plan
@@ -21,6 +22,8 @@ def plan_pair(models: Mapping[str, Model], options: Options, output: Path) -> li
     Raises:
         ValueError: naming the value, the limit and the fix.
     """
+    for model in models.values():
+        family_of(model.checkpoint)  # first: another architecture has other keys
     plans = make_plan(models, options, output)
     check_plans(plans)
     return plans

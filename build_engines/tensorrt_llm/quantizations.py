@@ -1,7 +1,8 @@
 """Quantizations: which upstream script makes them, with which flags.
 
 The flags are those of TensorRT-LLM 1.2.1: `examples/models/core/*/convert_checkpoint.py` and
-`examples/quantization/quantize.py`, with the values of its examples.
+`examples/quantization/quantize.py`, with the values of its examples. fp8 needs compute capability
+8.9 or newer; for 10.x the builder refuses the integer ones.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -38,6 +38,7 @@ class ExecutorConfig:
 @dataclass
 class SamplingConfig:
     beam_width: int = 1
+    _: KW_ONLY
     top_k: int | None = None
 
 
@@ -60,6 +61,7 @@ class ExternalDraftTokensConfig:
 class Request:
     input_token_ids: list[int]
     max_tokens: int
+    _: KW_ONLY
     streaming: bool = False
     sampling_config: SamplingConfig = field(default_factory=SamplingConfig)
     output_config: OutputConfig = field(default_factory=OutputConfig)
