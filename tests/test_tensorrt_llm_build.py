@@ -8,7 +8,9 @@ import json
 import os
 import re
 import shlex
+import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from trtllm_toolchain.trtllm_build import build_parser
 from typer.testing import CliRunner
 
 from build_engines import corpus
-from build_engines.__main__ import app
+from build_engines.__main__ import app, main
 from build_engines.checkpoint import Checkpoint, open_checkpoint
 from build_engines.tensorrt_llm import build, built, self_check
 from build_engines.tensorrt_llm.models import PAIRS_FILE, Model, known_models, open_models
@@ -209,6 +211,7 @@ def size(it: EnginePlan) -> int:
         ({"tokens_per_block": 48}, "--tokens-per-block is 48, must be one of 32, 64, 128"),
         ({"tp_size": 0}, "--tp-size is 0, must be 1 or more"),
         ({"max_draft_len": 0}, "--max-draft-len is 0, must be 1 or more"),
+        ({"max_seq_len": -1}, "--max-seq-len is -1, must be 0 or more"),
         ({"tp_size": 3}, "target tp_size is 3, must divide the 4 attention .* one of 1, 2$"),
         (
             {"tp_size": 4},
@@ -263,7 +266,11 @@ def test_options_that_cannot_do_are_refused(options: dict[str, Any], message: st
             "513 on each of 2",
         ),
         ({"intermediate_size": 1025}, {"tp_size": 2}, "must divide the 1025 rows of intermediate"),
-        ({"sliding_window": 512}, {}, "attends to the last 512 tokens: .* choose 512 or less"),
+        (
+            {"sliding_window": 512},
+            {"max_seq_len": 513},
+            "attends to the last 512 tokens: .* choose 512 or less",
+        ),
         ({"num_tokens": 513}, {}, "tokenizer of 513 tokens and a vocab_size of 512: resize"),
         ({"num_tokens": 499}, {}, "draft d has a tokenizer of 500 tokens, the target's has 499"),
     ],
@@ -276,8 +283,9 @@ def test_models_that_cannot_do_are_refused(
 
 
 def test_a_window_that_is_not_used_is_no_limit() -> None:
-    assert make_plans(target={"sliding_window": 512, "use_sliding_window": False})
-    assert make_plans(target={"sliding_window": 512}, max_seq_len=512)
+    unused = {"sliding_window": 512, "use_sliding_window": False}
+    assert make_plans(target=unused)[0].max_seq_len == 1024
+    assert make_plans(target={"sliding_window": 512})[0].max_seq_len == 512
 
 
 def test_rows_may_be_padded_differently_but_tokens_must_be_equal(tmp_path: Path) -> None:
@@ -301,6 +309,16 @@ def test_pair_or_two_checkpoints_must_be_named() -> None:
             dry_run(*arguments)
     with pytest.raises(ValueError, match=r"--pair is gpt-5, must be one of llama-3\.1-8b"):
         dry_run("--pair", "gpt-5")
+
+
+def test_a_refusal_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--pair", "vicuna-7b", "--output", "build/pair", "--tp-size", "5"]
+    monkeypatch.setattr("sys.argv", ["build_engines", "tensorrt_llm", "--dry-run", *arguments])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert re.fullmatch(r"error: target tp_size is 5, must divide .*\n", capsys.readouterr().err)
 
 
 def test_a_second_copy_of_the_weights_is_not_counted_and_a_missing_shard_is(tmp_path: Path) -> None:
@@ -398,6 +416,53 @@ def test_what_the_builder_turned_off_is_found_before_the_target_is_built(
     assert not (tmp_path / "pair" / "draft" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("version", "1.2.0"),
+        ("pretrained_config.mapping.tp_size", 2),
+        ("pretrained_config.mapping.pp_size", 2),
+        ("build_config.kv_cache_type", "CONTINUOUS"),
+        ("build_config.max_batch_size", 32),
+        ("build_config.max_input_len", 1000),
+        ("build_config.max_seq_len", 1024),  # without the draft that the builder adds
+        ("build_config.max_num_tokens", 4096),
+        ("build_config.max_draft_len", 0),
+        ("build_config.plugin_config.use_paged_context_fmha", False),
+        ("build_config.plugin_config.tokens_per_block", 64),
+        ("build_config.plugin_config", None),
+    ],
+)
+def test_an_engine_that_is_not_what_was_asked_for_is_refused(
+    tmp_path: Path, key: str, value: Any
+) -> None:
+    _, target = make_plans()
+    target = dataclasses.replace(target, output=tmp_path)
+    sizes = {"max_batch_size": 64, "max_input_len": 1024, "max_seq_len": 1032}
+    plugins = {"use_paged_context_fmha": True, "tokens_per_block": 32}
+    limits = {"max_num_tokens": 8192, "max_draft_len": 8, "kv_cache_type": "PAGED"}
+    config: dict[str, Any] = {
+        "version": "1.2.1",
+        "pretrained_config": {"mapping": {"tp_size": 1, "pp_size": 1}},
+        "build_config": {**sizes, **limits, "plugin_config": plugins},
+    }
+    with pytest.raises(ValueError, match=r"has no config\.json: trtllm-build wrote no engine"):
+        built.check_built(target)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"has no rank0\.engine"):
+        built.check_built(target)
+    (tmp_path / "rank0.engine").touch()
+    built.check_built(target)
+    *path, last = key.split(".")
+    section = config
+    for part in path:
+        section = section[part]
+    section[last] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"{re.escape(key)}\S* is {value!r}, must be "):
+        built.check_built(target)
+
+
 def test_a_command_that_fails_ends_the_build_with_its_line(
     toolchain: Toolchain,
     checkpoints: dict[str, Model],
@@ -415,6 +480,22 @@ def test_a_command_that_fails_ends_the_build_with_its_line(
     assert [file.name for file in older.iterdir()] == ["mine.txt"]
 
 
+@pytest.fixture
+def bindings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Import the stand-in as `tensorrt_llm`, in this process and for this test."""
+    monkeypatch.syspath_prepend(SITE)
+    others = {name: sys.modules.pop(name) for name in list(sys.modules) if is_bindings(name)}
+    yield
+    for name in list(filter(is_bindings, sys.modules)):
+        del sys.modules[name]
+    sys.modules.update(others)
+
+
+def is_bindings(module: str) -> bool:
+    return module.partition(".")[0] == "tensorrt_llm"
+
+
+@pytest.mark.usefixtures("bindings")
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -428,7 +509,6 @@ def test_a_command_that_fails_ends_the_build_with_its_line(
 def test_an_engine_that_does_not_do_its_work_fails_the_self_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, message: str
 ) -> None:
-    monkeypatch.syspath_prepend(SITE)
     monkeypatch.setenv("STAND_IN_LOG", str(tmp_path / "log"))
     monkeypatch.setenv("STAND_IN_FAULT", fault)
     engine_dir = str(make_engine(tmp_path))

@@ -57,6 +57,13 @@ class Model:
         return "bfloat16" if dtype == "bfloat16" else "float16"
 
     @property
+    def max_seq_len(self) -> int:
+        """Return the longest sequence that every layer sees all of."""
+        return min(
+            self.checkpoint.max_seq_len, self.attention_window or self.checkpoint.max_seq_len
+        )
+
+    @property
     def attention_window(self) -> int | None:
         """Return how many tokens back a layer looks, if that is less than all."""
         config = self.checkpoint.config

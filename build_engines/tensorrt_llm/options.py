@@ -11,6 +11,7 @@ DTYPES = ("auto", "bfloat16", "float16")
 KV_CACHES = ("auto", "fp8")
 TOKENS_PER_BLOCK = (32, 64, 128)
 COUNTS = ("tp_size", "pp_size", "draft_tp_size", "max_batch_size", "max_draft_len", "workers")
+AUTOMATIC = ("max_seq_len", "max_num_tokens")  # where they are 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,8 @@ class Options:
             if value not in choices:
                 known = ", ".join(str(choice) for choice in choices if choice)
                 raise ValueError(f"--{name} is {value}, must be one of {known}")
-        for name in COUNTS:
-            if getattr(self, name) < 1:
+        for name in (*COUNTS, *AUTOMATIC):
+            value, least = getattr(self, name), 1 if name in COUNTS else 0
+            if value < least:
                 option = name.replace("_", "-")
-                raise ValueError(f"--{option} is {getattr(self, name)}, must be 1 or more")
+                raise ValueError(f"--{option} is {value}, must be {least} or more")

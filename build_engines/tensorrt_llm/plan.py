@@ -137,7 +137,7 @@ def make_plan(models: Mapping[str, Model], options: Options, output: Path) -> li
     Raises:
         ValueError: on a limit that contradicts another.
     """
-    longest = min(MOST_TOKENS, *(m.checkpoint.max_seq_len for m in models.values()))
+    longest = min(MOST_TOKENS, *(model.max_seq_len for model in models.values()))
     max_seq_len = options.max_seq_len or longest
     room = max_seq_len - options.tokens_per_block
     if options.max_draft_len > room:
