@@ -24,9 +24,9 @@ def check_forward(engine_dir: str) -> None:
     Raises:
         ValueError: if it answers with an error, not at all, or with what it cannot mean.
     """
+    manifest = manifests.load(engine_dir)
     import tensorrt_llm.bindings.executor as trtllm
 
-    manifest = manifests.load(engine_dir)
     config = trtllm.ExecutorConfig(
         max_beam_width=1,
         enable_chunked_context=True,
@@ -82,7 +82,11 @@ def main() -> None:
         raise SystemExit(2)
     try:
         check_forward(sys.argv[1])
-    except (ValueError, RuntimeError) as error:  # what the bindings raise is a RuntimeError
+    except (
+        ImportError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # what the bindings raise is a RuntimeError
         print(f"error: {sys.argv[1]}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
 
