@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from specserve.optimum import best_total
+from specserve.optimum import Best, best_total
 from specserve.predictor import acceptance
 
 Floats = NDArray[np.float64]
@@ -102,12 +102,11 @@ class ValueRule:
     on while its next token is worth its verification; the batch, while a forward is worth its time.
 
     Attributes:
-        judge: [num_rows * NUM_JUDGE] and scout: [num_rows * NUM_SCOUT], each row's weights of the
-            acceptance models.
-        history: [num_rows], the requests' acceptance against the mean.
+        judge: [JUDGE_COEFFICIENTS * num_rows] and scout: [SCOUT_COEFFICIENTS * num_rows], the rows'
+            curves of the acceptance models.
         weight: [num_rows], worth of a token; infinite for a fixed length that ignores the rule.
         verify_s: [m + 1], seconds to verify with 0, ..., m draft tokens.
-        forward_s: [num_rows + 1], seconds of a draft forward by the rows in it.
+        forward_s: [rows that may draft + 1], seconds of a forward by the rows in it.
         gains: [n], worth of the draft tokens that are there without a forward, largest first.
         base: [3]: worth of the step's tokens without drafts; seconds of a call before its first
             forward; 1 to draft a first token whatever it promises.
@@ -116,7 +115,6 @@ class ValueRule:
     kind: ClassVar[int] = 2
     judge: Floats
     scout: Floats
-    history: Floats
     weight: Floats
     verify_s: Floats
     forward_s: Floats
@@ -129,97 +127,100 @@ class ValueRule:
 
     def part_of(self, indices: Sequence[int]) -> "ValueRule":
         """Return the rule for some of the rows."""
-        rows = list(indices)
+        rows, num_rows = list(indices), len(self.weight)
         return ValueRule(
-            self.judge.reshape(-1, acceptance.NUM_JUDGE)[rows].ravel(),
-            self.scout.reshape(-1, acceptance.NUM_SCOUT)[rows].ravel(),
-            self.history[rows], self.weight[rows],
-            self.verify_s, self.forward_s[: len(rows) + 1], self.gains, self.base,
+            self.judge.reshape(-1, num_rows)[:, rows].ravel(),
+            self.scout.reshape(-1, num_rows)[:, rows].ravel(),
+            self.weight[rows], self.verify_s, self.forward_s[: len(rows) + 1], self.gains,
+            self.base,
         )  # fmt: skip
 
     def encode(self) -> list[Floats]:
         """Return the rule's numbers."""
         return [
-            self.judge, self.scout, self.history, self.weight,
-            self.verify_s, self.forward_s, self.gains, self.base,
+            self.judge, self.scout, self.weight, self.verify_s, self.forward_s, self.gains,
+            self.base,
         ]  # fmt: skip
 
 
 class ValueStopper:
-    """One step's evaluation of a `ValueRule`."""
+    """One step's evaluation of a `ValueRule`.
+
+    NOTE: plain Python, row by row. Beside an engine that has just emptied the caches an array
+    operation costs microseconds, and a few rows do not make up for some forty of them.
+    """
 
     ROW_SHARE = 0.5  # a row leaves when its next token is worth less than this share of its cost
     WINDOW = 4  # tokens over which the cost of one more is averaged: T is a staircase
 
     def __init__(self, rule: ValueRule) -> None:
-        self._judge = rule.judge.reshape(-1, acceptance.NUM_JUDGE)
-        self._scout = rule.scout.reshape(-1, acceptance.NUM_SCOUT)
-        self._history = rule.history
+        num_rows = len(rule.weight)
+        self._judge: list[list[float]] = rule.judge.reshape(-1, num_rows).T.tolist()
+        self._scout: list[list[float]] = rule.scout.reshape(-1, num_rows).T.tolist()
         self._base_yield, self._spent_s, self._is_forced = rule.base.tolist()
         self._fixed = np.isinf(rule.weight)
-        self._weight = np.where(self._fixed, 1.0, rule.weight)
+        self._worth: list[float] = np.where(self._fixed, 1.0, rule.weight).tolist()
         self._verify_s: list[float] = rule.verify_s.tolist()
         self._forward_s: list[float] = rule.forward_s.tolist()
-        num_rows = len(rule.history)
-        self._survival = np.ones(num_rows)
-        self._z = np.zeros(num_rows)
+        self._z = [0.0] * num_rows
         self._gains: list[float] = rule.gains.tolist()  # of the tokens so far, largest first
         self._position = 0
 
     def begins(self) -> Mask:
         """Say which rows draft their first token. See `Stopper`."""
         if self._is_forced:
-            return np.ones(len(self._survival), dtype=bool)
+            return np.ones(len(self._worth), dtype=bool)
         return self.begins_with(1.0)
 
     def begins_with(self, margin: float) -> Mask:
         """Ask for `margin` times the rate of not drafting; the policy's gate."""
-        return self._worth_another(np.arange(len(self._survival)), margin)
+        return self._fixed | self._worth_another(range(len(self._worth)), margin)
 
     def goes_on(self, rows: Rows, confidences: Floats) -> Mask:
         """Take the newest confidences; say which rows draft another token. See `Stopper`."""
-        z = acceptance.logit(confidences)
-        features = acceptance.judge_features(z, self._position, self._history[rows])
-        self._survival[rows] *= acceptance.sigmoid((features * self._judge[rows]).sum(axis=1))
-        self._z[rows] = z
-        self._gains = self._with(self._gains, self._survival[rows] * self._weight[rows])
-        self._spent_s += self._forward_s[len(rows)]
+        indices: list[int] = rows.tolist()
+        for i, confidence in zip(indices, confidences.tolist(), strict=True):
+            z = self._z[i] = acceptance.logit_of(confidence)
+            self._worth[i] *= acceptance.judged_one(self._judge[i], z, self._position)
+        self._gains = self._with([self._worth[i] for i in indices])
+        self._spent_s += self._forward_s[len(indices)]
         self._position += 1
-        return self._worth_another(rows)
+        on: Mask = self._fixed[rows] | self._worth_another(indices)
+        return on
 
-    def _worth_another(self, rows: Rows, margin: float = 1.0) -> Mask:
+    def _worth_another(self, rows: Sequence[int], margin: float = 1.0) -> Mask:
         """Compare the best rate now with the best after one and after two more forwards."""
         spent = self._spent_s
         best = best_total(self._gains, self._base_yield, self._verify_s, spent)
-        features = acceptance.scout_features(self._z[rows], self._position, self._history[rows])
-        ahead = acceptance.sigmoid((features * self._scout[rows]).sum(axis=1))
-        next_gain = self._survival[rows] * self._weight[rows] * ahead
-        bar = self.ROW_SHARE * best.rate * self._cost_of_token(best.num_tokens)
+        bar = self._bar(best)
+        on, one, two = np.zeros(len(rows), dtype=bool), [], []
+        for index, i in enumerate(rows):
+            ahead = acceptance.scouted_one(self._scout[i], self._z[i], self._position)
+            gain = self._worth[i] * ahead
+            if gain >= bar:
+                on[index] = True
+                one.append(gain)
+                two.append(gain * ahead)
+        forward = self._forward_s[len(one)]
+        for gains, spent_s in ((one, spent + forward), (one + two, spent + 2.0 * forward)):
+            rate = best_total(self._with(gains), self._base_yield, self._verify_s, spent_s).rate
+            if rate > margin * best.rate:
+                return on
+        return np.zeros(len(rows), dtype=bool)
+
+    def _bar(self, best: Best) -> float:
+        """Return what a row's next token must be worth."""
+        end = min(best.num_tokens + self.WINDOW, len(self._verify_s) - 1)
+        start = max(0, end - self.WINDOW)
+        token_s = (self._verify_s[end] - self._verify_s[start]) / max(1, end - start)
+        bar = self.ROW_SHARE * best.rate * token_s
         if best.num_tokens:  # on a plateau a surer token replaces the least sure one at no cost
             bar = min(bar, self._gains[best.num_tokens - 1])
-        keep: Mask = next_gain >= bar
-        fixed: Mask = self._fixed[rows]
-        num_kept = int(np.count_nonzero(keep))
-        if num_kept == 0:
-            return fixed
-        forward = self._forward_s[num_kept]
-        one = self._with(self._gains, next_gain[keep])
-        needed = margin * best.rate
-        if best_total(one, self._base_yield, self._verify_s, spent + forward).rate > needed:
-            return keep | fixed
-        two = self._with(one, next_gain[keep] * ahead[keep])
-        if best_total(two, self._base_yield, self._verify_s, spent + 2.0 * forward).rate > needed:
-            return keep | fixed
-        return fixed
+        return bar
 
-    def _with(self, gains: list[float], more: Floats) -> list[float]:
-        merged = sorted([*gains, *more.tolist()], reverse=True)
-        return merged[: len(self._verify_s) - 1]
-
-    def _cost_of_token(self, num_tokens: int) -> float:
-        end = min(num_tokens + self.WINDOW, len(self._verify_s) - 1)
-        start = max(0, end - self.WINDOW)
-        return (self._verify_s[end] - self._verify_s[start]) / max(1, end - start)
+    def _with(self, more: list[float]) -> list[float]:
+        """Return the gains with some more, as many as can be verified."""
+        return sorted(self._gains + more, reverse=True)[: len(self._verify_s) - 1]
 
 
 RULES: dict[int, type[SurvivalRule] | type[ValueRule]] = {

@@ -11,6 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specserve.optimum import best_total
+from specserve.predictor.acceptance import (
+    NUM_JUDGE,
+    NUM_SCOUT,
+    judge_curves,
+    judge_features,
+    judged,
+    judged_one,
+    scout_curves,
+    scout_features,
+    scouted,
+    scouted_one,
+    sigmoid,
+)
 from specserve.predictor.profile import DraftSample, Profile, VerifySample
 from specserve.predictor.roofline import Roofline
 from specserve.predictor.step_time import Correction, StepTimeModel, lower_envelope
@@ -35,6 +48,27 @@ def make_profile(scale: float = 1.0) -> Profile:
     ]
     draft.append(DraftSample(1, 1, 101, 500, 3e-4 + 4e-4 + 1e-5 + 5e-6 + 100 * 2e-5))
     return Profile({"device": "test"}, tuple(verify), tuple(draft))
+
+
+# -- acceptance --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("position", [0, 3])
+def test_curves_are_the_features_weighed(position: int) -> None:
+    """What is learnt and what predicts are two spellings of one formula, and each has a scalar."""
+    rng = np.random.default_rng(0)
+    history, z = rng.normal(0.0, 0.3, 5), rng.normal(0.0, 2.0, 5) * (position > 0)
+    for num_weights, features, curves_of, predict, predict_one in (
+        (NUM_JUDGE, judge_features, judge_curves, judged, judged_one),
+        (NUM_SCOUT, scout_features, scout_curves, scouted, scouted_one),
+    ):
+        weights = rng.normal(0.0, 1.0, (5, num_weights))
+        expected = sigmoid((features(z, position, history) * weights).sum(axis=1))
+        curves = curves_of(weights, history)
+        assert predict(curves, z, position) == pytest.approx(expected)
+        one_by_one = [predict_one(curves[:, i], float(z[i]), position) for i in range(5)]
+        assert one_by_one == pytest.approx(expected)
+        assert curves_of(weights[:1], history)[:, 0] == pytest.approx(curves[:, 0])
 
 
 # -- theory ------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ from specserve.predictor.acceptance import (  # noqa: E402
     NUM_JUDGE,
     NUM_SCOUT,
     SCOUT_PRIOR,
+    judge_curves,
+    scout_curves,
 )
 from specserve.stop_rules import StopRule, SurvivalRule, ValueRule  # noqa: E402
 
@@ -48,10 +50,12 @@ def value_rule(rng: np.random.Generator, num_rows: int) -> ValueRule:
     lookups = np.sort(rng.uniform(0.0, 2.0, int(rng.integers(others * MAX_DRAFT_TOKENS + 1))))
     model = step_time(int(rng.choice([4, 16, 64])), float(rng.choice([0.0002, 0.001, 0.004])))
     num_more = (num_rows + others) * MAX_DRAFT_TOKENS
+    judge = rng.normal(0.0, 0.4, (num_rows, NUM_JUDGE)) + JUDGE_PRIOR
+    scout = rng.normal(0.0, 0.4, (num_rows, NUM_SCOUT)) + SCOUT_PRIOR
+    history = rng.normal(0.0, 0.2, num_rows)
     return ValueRule(
-        judge=(rng.normal(0.0, 0.4, (num_rows, NUM_JUDGE)) + JUDGE_PRIOR).ravel(),
-        scout=(rng.normal(0.0, 0.4, (num_rows, NUM_SCOUT)) + SCOUT_PRIOR).ravel(),
-        history=rng.normal(0.0, 0.2, num_rows),
+        judge=judge_curves(judge, history).ravel(),
+        scout=scout_curves(scout, history).ravel(),
         weight=rng.choice([1.0, 1.0, 2.5, np.inf], num_rows),
         verify_s=model.verify_curve(num_rows + others, num_more, 100 * num_rows),
         forward_s=model.forward_curve(num_rows, 100 * num_rows),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from specserve.predictor.acceptance import Floats, logit, scout_features, sigmoid
+from specserve.predictor.acceptance import Floats, logit, scouted
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +31,16 @@ def lookup_worth(survival: Floats, prices: Prices) -> Floats:
     return worth
 
 
-def model_worth(scout: Floats, history: Floats, caps: NDArray[np.int64], prices: Prices) -> Floats:
+def model_worth(scout: Floats, caps: NDArray[np.int64], prices: Prices) -> Floats:
     """Return the same of what the draft model would propose, forwards paid, as the scout sees it.
 
     Args:
-        scout: [num_rows, NUM_SCOUT], weights.
-        history: [num_rows].
+        scout: [SCOUT_COEFFICIENTS, num_rows], curves.
         caps: [num_rows], longest drafts.
     """
     z, survival, worth = np.zeros(len(caps)), np.ones(len(caps)), np.zeros(len(caps))
     for position in range(int(caps.max(initial=0))):
-        ahead = sigmoid((scout_features(z, position, history) * scout).sum(axis=1))
+        ahead = scouted(scout, z, position)
         survival = survival * ahead
         gain = survival - prices.token - prices.forward
         worth += np.where(position < caps, np.maximum(gain, 0.0), 0.0)

@@ -33,6 +33,7 @@ class _Step:
     Attributes:
         verify_s: [m + 1], predicted seconds to verify with 0, ..., m draft tokens.
         weight: [num_rows], what a token is worth: more to rows that would end the step late.
+        judge, scout: the rows' curves of the draft model's acceptance.
         lookups: what prompt lookup has for each row, proposed or not.
         draft_s: predicted seconds of the draft call, once its lengths are known.
         deficit: [num_rows], tokens missing at the end of a plain step, if anybody has objectives.
@@ -42,6 +43,8 @@ class _Step:
     num_tokens: int
     verify_s: Floats
     weight: Floats
+    judge: Floats
+    scout: Floats
     lookups: list[Draft | None] = field(default_factory=list)
     draft_s: float = 0.0
     deficit: Floats | None = None
@@ -102,8 +105,12 @@ class SpecServePolicy:
         prompt = sum(len(row.token_ids) - row.samples for row in rows)
         context = sum(row.num_computed_tokens for row in rows)
         curve = self.step_time.verify_curve(num_tokens, num_draft_tokens, context, prompt)
-        late = np.clip(deficits(rows, float(curve[0])), 0.0, self.MAX_LATE)
-        return _Step(num_tokens, curve, 1.0 + late, [row.lookup for row in rows])
+        weight = np.ones(len(rows))
+        if any(row.tpot_s is not None for row in rows):
+            late = deficits(rows, float(curve[0]))
+            weight += np.minimum(np.maximum(late, 0.0), self.MAX_LATE)
+        judge, scout = self.acceptances.curves(rows)
+        return _Step(num_tokens, curve, weight, judge, scout, [row.lookup for row in rows])
 
     def _choose_sources(
         self, rows: Sequence[Row], step: _Step, caps: Ints
@@ -115,10 +122,9 @@ class SpecServePolicy:
         confidences = [row.lookup.confidences if row.lookup else [] for row in rows]
         lengths = np.minimum([len(c) for c in confidences], caps)
         confidences = [c[:n] for c, n in zip(confidences, lengths, strict=True)]
-        survival = self.acceptances.survivals(rows, confidences, lengths.tolist())
+        survival = self.acceptances.survivals(rows, confidences)
         prices = self._prices(rows, step, int(np.count_nonzero(caps)))
-        _, scout, history = self._drafters(rows)
-        better = lookup_worth(survival, prices) > model_worth(scout, history, caps, prices)
+        better = lookup_worth(survival, prices) > model_worth(step.scout, caps, prices)
         is_bound = np.array([row.draft_source == "ngram" for row in rows])
         fixed = np.array([row.has_fixed_draft for row in rows])
         uses = has_lookup & (is_bound | (better & ~fixed))
@@ -137,27 +143,16 @@ class SpecServePolicy:
         context = sum(row.num_computed_tokens for row in drafting)
         forward_s = self.step_time.forward_curve(len(drafting), context)
         first_s = self.step_time.draft_s([len(drafting)], 0, context) if drafting else 0.0
-        judge, scout, history = self._drafters(rows)
-        samples = np.array([row.samples for row in rows])
+        base_yield = float(step.weight @ [row.samples for row in rows])
         fixed = np.array([row.has_fixed_draft for row in rows])
         return ValueRule(
-            judge=judge.ravel(),
-            scout=scout.ravel(),
-            history=history,
+            judge=step.judge.ravel(),
+            scout=step.scout.ravel(),
             weight=np.where(fixed, np.inf, step.weight),
             verify_s=step.verify_s,
-            forward_s=np.pad(forward_s, (0, len(rows) - len(drafting)), mode="edge"),
+            forward_s=forward_s,
             gains=gains,
-            base=np.array([step.weight[samples].sum(), first_s - forward_s[-1], 1.0]),
-        )
-
-    def _drafters(self, rows: Sequence[Row]) -> tuple[Floats, Floats, Floats]:
-        """Return each row's judge and scout of the draft model, and how the request has fared."""
-        models = [self.acceptances.of_model(row) for row in rows]
-        return (
-            np.array([model.judge.weights for model in models]),
-            np.array([model.scout.weights for model in models]),
-            np.array([m.history_of(row.key) for m, row in zip(models, rows, strict=True)]),
+            base=np.array([base_yield, first_s - forward_s[-1], 1.0]),
         )
 
     def _gate(self, rule: ValueRule, caps: Ints) -> NDArray[np.bool_]:
@@ -165,7 +160,7 @@ class SpecServePolicy:
         may = np.flatnonzero(caps)
         begins = np.zeros(len(caps), dtype=bool)
         if len(may):
-            part = rule.part_of(may.tolist())
+            part = rule if len(may) == len(caps) else rule.part_of(may.tolist())
             margin = self.OFF_MARGIN if self._is_on else self.ON_MARGIN
             begins[may] = part.start().begins_with(margin)
             self._is_on = bool(begins.any())
@@ -181,7 +176,7 @@ class SpecServePolicy:
             reasons = ["off" if row.samples else "prompt" for row in batch.rows]
             self.decision = Decision(reasons, float(step.verify_s[0]) if step else None)
             return lengths
-        survival = self.acceptances.survivals(batch.rows, confidences, lengths)
+        survival = self.acceptances.survivals(batch.rows, confidences)
         step.draft_s = self.step_time.draft_s(*_draft_call(batch.rows, lengths))
         chosen = self._choose(batch, step, survival)
         for i, row in enumerate(batch.rows):

@@ -18,14 +18,20 @@ EPS = 1e-4
 
 def logit(confidence: Floats) -> Floats:
     """Return log(c / (1 - c)) with c kept away from 0 and 1."""
-    c = np.clip(confidence, EPS, 1.0 - EPS)
+    c = np.minimum(np.maximum(confidence, EPS), 1.0 - EPS)
     value: Floats = np.log(c / (1.0 - c))
     return value
 
 
+def logit_of(confidence: float) -> float:
+    """Return `logit` of one confidence."""
+    c = min(max(confidence, EPS), 1.0 - EPS)
+    return math.log(c / (1.0 - c))
+
+
 def sigmoid(x: Floats) -> Floats:
     """Return 1 / (1 + exp(-x)), safe for any x."""
-    value: Floats = 1.0 / (1.0 + np.exp(-np.clip(x, -30.0, 30.0)))
+    value: Floats = 0.5 + 0.5 * np.tanh(0.5 * x)
     return value
 
 
@@ -75,6 +81,65 @@ JUDGE_PRIOR = (1.2, 0.8, 0.0, 0.0, 0.0, 2.0, 0.0)
 SCOUT_PRIOR = (0.8, 0.0, 0.3, 0.0, 3.0)
 NUM_JUDGE = len(JUDGE_PRIOR)
 NUM_SCOUT = len(SCOUT_PRIOR)
+JUDGE_COEFFICIENTS = 5
+SCOUT_COEFFICIENTS = 4
+
+
+def judge_curves(weights: Floats, history: Floats) -> Floats:
+    """Regroup weights @ `judge_features` by what changes from token to token, once for a step.
+
+    Args:
+        weights: [n, NUM_JUDGE], or [1, NUM_JUDGE] for all rows.
+        history: [n].
+
+    Returns:
+        [JUDGE_COEFFICIENTS, n], for `judged`.
+    """
+    w = weights.T
+    curves = np.empty((JUDGE_COEFFICIENTS, len(history)))
+    curves[0] = w[0] + w[5] * history
+    curves[1] = w[1] + w[6] * history
+    curves[2] = w[2]
+    curves[3] = 0.1 * w[3]
+    curves[4] = 0.25 * w[4]
+    return curves
+
+
+def judged(curves: Floats, z: Floats, position: Positions) -> Floats:
+    """Return the acceptance of drafted tokens of logit `z`; all in the shape of `z`."""
+    bias, slope, bend, square, tilt = curves
+    return sigmoid(bias + tilt * position + z * (slope + square * z) + bend * np.maximum(z, 0.0))
+
+
+def judged_one(curve: Sequence[float], z: float, position: int) -> float:
+    """Return `judged` of one token, by its row's column of the curves."""
+    bias, slope, bend, square, tilt = curve
+    x = bias + tilt * position + z * (slope + square * z) + bend * max(z, 0.0)
+    return 0.5 + 0.5 * math.tanh(0.5 * x)
+
+
+def scout_curves(weights: Floats, history: Floats) -> Floats:
+    """Regroup weights @ `scout_features`: [n, NUM_SCOUT] to [SCOUT_COEFFICIENTS, n]."""
+    w = weights.T
+    curves = np.empty((SCOUT_COEFFICIENTS, len(history)))
+    curves[0] = w[0] + w[4] * history
+    curves[1] = w[1]
+    curves[2] = 0.25 * w[2]
+    curves[3] = 0.1 * w[3]
+    return curves
+
+
+def scouted(curves: Floats, z: Floats, position: int) -> Floats:
+    """Return the acceptance of the tokens to come after those of logit `z`."""
+    bias, first, slope, square = curves
+    return sigmoid(bias + first if position == 0 else bias + z * (slope + square * z))
+
+
+def scouted_one(curve: Sequence[float], z: float, position: int) -> float:
+    """Return `scouted` of one token, by its row's column of the curves."""
+    bias, first, slope, square = curve
+    x = bias + first if position == 0 else bias + z * (slope + square * z)
+    return 0.5 + 0.5 * math.tanh(0.5 * x)
 
 
 class OnlineLogistic:
@@ -149,7 +214,7 @@ class AcceptanceModel:
     PRIOR_TOKENS = 4.0  # a new request counts as this many tokens of the common mean
     COMMON_MEMORY = 500.0
     NUM_BINS = 10
-    BATCH = 8
+    MIN_BATCH, MAX_BATCH = 8, 64
 
     def __init__(self, judge_prior: Sequence[float] = JUDGE_PRIOR) -> None:
         self.judge = OnlineLogistic(judge_prior)
@@ -158,6 +223,7 @@ class AcceptanceModel:
         self._requests: dict[int, tuple[float, float]] = {}  # accepted, seen; forgotten slowly
         self._pending: list[Floats] = []  # [5, n] each, see `_learn`
         self._num_pending = 0
+        self._batch = self.MIN_BATCH
         self._bins = np.zeros((self.NUM_BINS, 3))  # predictions, outcomes, count
 
     def history(self, keys: Sequence[int]) -> Floats:
@@ -170,15 +236,19 @@ class AcceptanceModel:
         return accepted / seen - self.mean
 
     def observe(self, outcomes: Sequence[Outcome]) -> None:
-        """Learn what a step has shown; the weights move every `BATCH` tokens."""
+        """Learn what a step has shown; the weights move with every batch of tokens.
+
+        Batches grow with what is known already: the first ones teach, later ones keep up.
+        """
         if not outcomes:
             return
         self._pending.append(self._as_seen(outcomes))
         self._num_pending += self._pending[-1].shape[1]
         for outcome in outcomes:
             self._remember(outcome)
-        if self._num_pending >= self.BATCH:
+        if self._num_pending >= self._batch:
             pending = np.concatenate(self._pending, axis=1)
+            self._batch = min(self.MAX_BATCH, self._batch + self._num_pending // 16)
             self._pending, self._num_pending = [], 0
             self._learn(*pending)
 

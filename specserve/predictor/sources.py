@@ -11,7 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specserve.batch import Draft, Row, StepRecord
-from specserve.predictor.acceptance import AcceptanceModel, Outcome, judge_features, logit
+from specserve.predictor.acceptance import (
+    AcceptanceModel,
+    Outcome,
+    judge_curves,
+    judged,
+    logit,
+    scout_curves,
+)
 
 Floats = NDArray[np.float64]
 LOOKUP_PRIOR = (-0.5, 0.8, 0.0, 0.0, 0.0, 2.0, 0.0)
@@ -38,28 +45,22 @@ class Acceptances:
         """Return what judges a row's draft, which is its `lookup` if it has one."""
         return self.of_model(row) if row.lookup is None else self.ngram
 
-    def survivals(
-        self, rows: Sequence[Row], confidences: Sequence[Sequence[float]], lengths: Sequence[int]
-    ) -> Floats:
-        """Return [num_rows, longest draft], 0 beyond a row's draft; there must be one.
+    def curves(self, rows: Sequence[Row]) -> tuple[Floats, Floats]:
+        """Return judge and scout curves of the draft model's proposals, a column for each row."""
+        sources = [self.of_model(row) for row in rows]
+        history = _histories(rows, sources)
+        judges, scouts = _weights(sources)
+        return judge_curves(judges, history), scout_curves(scouts, history)
 
-        Args:
-            lengths: of the drafts.
-        """
-        count = np.array(lengths)
-        position = np.arange(max(lengths))
-        drafted = position < count[:, None]
-        where = np.broadcast_to(position, drafted.shape)[drafted]
-        z = logit(np.array([c for row in confidences for c in row]))
+    def survivals(self, rows: Sequence[Row], confidences: Sequence[Sequence[float]]) -> Floats:
+        """Return [num_rows, longest draft], 0 beyond a row's draft; there must be one."""
         sources = [self.of(row) for row in rows]
-        accepted = np.zeros(drafted.shape)
-        for source in set(sources):
-            mine = np.array([other is source for other in sources])
-            token = np.repeat(mine, count)
-            history = np.repeat(source.history([row.key for row in rows]), count)
-            features = judge_features(z[token], where[token], history[token])
-            accepted[drafted & mine[:, None]] = source.judge.predict(features)
-        survival: Floats = np.cumprod(accepted, axis=1)
+        judges, _ = _weights(sources)
+        curves = judge_curves(judges, _histories(rows, sources))
+        width = max(map(len, confidences))
+        padded = np.array([[*values, *[-1.0] * (width - len(values))] for values in confidences])
+        acceptance = judged(curves[:, :, None], logit(padded), np.arange(width))
+        survival: Floats = np.cumprod(np.where(padded >= 0.0, acceptance, 0.0), axis=1)
         return survival
 
     def observe(self, record: StepRecord, lookups: Sequence[Draft | None]) -> None:
@@ -84,6 +85,19 @@ class Acceptances:
         """Drop finished requests."""
         for source in self.all:
             source.forget(keys)
+
+
+def _weights(sources: Sequence[AcceptanceModel]) -> tuple[Floats, Floats]:
+    """Return the judge's and the scout's weights of each row's source."""
+    first = sources[0]
+    if all(source is first for source in sources):
+        return first.judge.weights[None], first.scout.weights[None]
+    judges = np.array([source.judge.weights for source in sources])
+    return judges, np.array([source.scout.weights for source in sources])
+
+
+def _histories(rows: Sequence[Row], sources: Sequence[AcceptanceModel]) -> Floats:
+    return np.array([s.history_of(row.key) for row, s in zip(rows, sources, strict=True)])
 
 
 def _outcome(key: int, draft: Draft, output_token_ids: Sequence[int]) -> Outcome:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specserve.engines.torch.transfer import send
-from specserve.predictor.acceptance import EPS, NUM_JUDGE, NUM_SCOUT
+from specserve.predictor.acceptance import EPS, JUDGE_COEFFICIENTS, SCOUT_COEFFICIENTS
 from specserve.stop_rules import StopRule, SurvivalRule, ValueRule, ValueStopper
 
 INF = float("inf")
@@ -118,25 +118,26 @@ class DeviceValueStopper:
         self._device = device
         num_gains = max_rows * (max_draft_tokens + 2)
         self._sizes = [
-            max_rows * NUM_JUDGE, max_rows * NUM_SCOUT, 1, 1, 1, 1, *[max_rows] * 4, max_rows + 1,
-            num_gains, num_gains + 1 + ValueStopper.WINDOW,
+            max_rows * JUDGE_COEFFICIENTS, max_rows * SCOUT_COEFFICIENTS, 1, 1, 1, 1,
+            *[max_rows] * 3, max_rows + 1, num_gains, num_gains + 1 + ValueStopper.WINDOW,
         ]  # fmt: skip
         self._numbers = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
         (
             self._judge, self._scout, self._base_yield, self._spent_s, self._position,
-            self._num_verifiable, self._history, self._weight, self._survival, self._z,
-            self._forward_s, self._gains, self._verify_s,
+            self._num_verifiable, self._weight, self._survival, self._z, self._forward_s,
+            self._gains, self._verify_s,
         ) = self._numbers.split(self._sizes)  # fmt: skip
-        self._judge = self._judge.view(max_rows, NUM_JUDGE)
-        self._scout = self._scout.view(max_rows, NUM_SCOUT)
+        self._judge = self._judge.view(max_rows, JUDGE_COEFFICIENTS)
+        self._scout = self._scout.view(max_rows, SCOUT_COEFFICIENTS)
 
     def load(self, rule: ValueRule) -> None:
         """Begin a step: all numbers in one copy. See `Stopper`."""
-        num_rows = len(rule.history)
+        num_rows = len(rule.weight)
+        judge, scout = (curves.reshape(-1, num_rows).T for curves in (rule.judge, rule.scout))
         parts: list[Any] = [
-            rule.judge, rule.scout, rule.base[:1], rule.base[1:2], [0.0],
-            [len(rule.verify_s) - 1.0], rule.history, rule.weight, np.ones(num_rows), [],
-            rule.forward_s, rule.gains, rule.verify_s,
+            judge.ravel(), scout.ravel(), rule.base[:1], rule.base[1:2], [0.0],
+            [len(rule.verify_s) - 1.0], rule.weight, np.ones(num_rows), [], rule.forward_s,
+            rule.gains, rule.verify_s,
         ]  # fmt: skip
         numbers = np.zeros(len(self._numbers))
         numbers[-sum(self._sizes[-2:]) :] = -INF
@@ -150,12 +151,12 @@ class DeviceValueStopper:
     def goes_on(self, active: Tensor, confidences: Tensor) -> Tensor:
         """Take the newest confidences, then compare the best rates ahead. See `Stopper`."""
         n = len(active)
-        history, is_fixed = self._history[:n], torch.isinf(self._weight[:n])
+        is_fixed = torch.isinf(self._weight[:n])
         weight = torch.where(is_fixed, 1.0, self._weight[:n])
         survival, z = self._survival[:n], self._z[:n]
 
         newest = _logit(confidences)
-        accepted = _judge(self._judge[:n].T, newest, self._position, history)
+        accepted = _judged(self._judge[:n].T, newest, self._position)
         survival *= torch.where(active, accepted, 1.0)
         z.copy_(torch.where(active, newest, z))
         worth = survival * weight
@@ -164,7 +165,7 @@ class DeviceValueStopper:
         self._position += 1
 
         best, rate = self._best(gains, self._spent_s)
-        ahead = _scout(self._scout[:n].T, z, self._position, history)
+        ahead = _scouted(self._scout[:n].T, z, self._position)
         next_worth = worth * ahead
         keep = active & (next_worth >= self._bar(gains, best, rate))
         forward_s = self._forward_s.gather(0, keep.sum().view(1))
@@ -205,21 +206,17 @@ def _logit(confidences: Tensor) -> Tensor:
     return torch.log(c / (1.0 - c))
 
 
-def _judge(weights: Tensor, z: Tensor, position: Tensor, history: Tensor) -> Tensor:
-    """See `acceptance.judge_features`; weights are [NUM_JUDGE, n]."""
-    w = weights
-    return _sigmoid(
-        w[0] + w[1] * z + w[2] * z.clamp(min=0.0) + w[3] * (0.1 * z * z) + w[4] * (0.25 * position)
-        + w[5] * history + w[6] * (history * z)
-    )  # fmt: skip
+def _judged(curves: Tensor, z: Tensor, position: Tensor) -> Tensor:
+    """See `acceptance.judged`."""
+    bias, slope, bend, square, tilt = curves
+    return _sigmoid(bias + tilt * position + z * (slope + square * z) + bend * z.clamp(min=0.0))
 
 
-def _scout(weights: Tensor, z: Tensor, position: Tensor, history: Tensor) -> Tensor:
-    """See `acceptance.scout_features`; weights are [NUM_SCOUT, n]."""
-    w = weights
-    return _sigmoid(
-        w[0] + w[1] * (position == 0) + w[2] * (0.25 * z) + w[3] * (0.1 * z * z) + w[4] * history
-    )
+def _scouted(curves: Tensor, z: Tensor, position: Tensor) -> Tensor:
+    """See `acceptance.scouted`."""
+    bias, first, slope, square = curves
+    later = bias + z * (slope + square * z)
+    return _sigmoid(torch.where(position == 0, bias + first, later))
 
 
 def _sigmoid(x: Tensor) -> Tensor:
