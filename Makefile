@@ -54,7 +54,7 @@ test: $(TEST)
 bench: $(BENCH)
 	@$(BIN)/python -m build_engines bench-target --output build/bench_target
 	@$(BIN)/specserve bench --trace $(BENCH_TRACE) --output $(BENCH_OUTPUT).jsonl \
-	  --set engine.dir=build/bench_target --set engine.precision=bf16 $(BENCH_ARGS)
+	  --set engine.dir=build/bench_target --set engine.precision=$$($(BIN)/python -m bench.machine) $(BENCH_ARGS)
 	@$(BIN)/specserve report $(BENCH_OUTPUT).jsonl --output $(BENCH_OUTPUT)
 
 clients: $(CLIENTS)

@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from specserve.cpu import cpu_name
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -30,7 +32,7 @@ def context() -> dict[str, Any]:
     """Describe where and how this benchmark runs."""
     return {
         "machine": {
-            "cpu": _cpu_name(),
+            "cpu": cpu_name(),
             "num_cores": len(os.sched_getaffinity(0)),
             "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30),
             "python": platform.python_version(),
@@ -54,10 +56,3 @@ def emit(result: Mapping[str, Any], path: Path | None = None) -> None:
 def portable(line: str) -> str:
     """Name files from the repository's root, not from this machine's."""
     return line.replace(f"{ROOT}/", "")
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()

@@ -33,6 +33,21 @@ def test_what_the_engine_cannot_do_is_refused(
         make_target(config)
 
 
+def test_bf16_runs_where_the_cpu_has_it_and_is_refused_elsewhere(demo_engines: Path) -> None:
+    import openvino as ov
+
+    from specserve.engines.openvino import CAPABILITIES, OpenVINOModel
+
+    def load() -> OpenVINOModel:
+        return OpenVINOModel(demo_engines / "draft", num_blocks=4, precision="bf16")
+
+    if "BF16" in ov.Core().get_property("CPU", CAPABILITIES):
+        assert load().vocab_size
+    else:
+        with pytest.raises(ValueError, match="no bf16 arithmetic, set it to f32"):
+            load()
+
+
 def test_the_demo_pair_describes_itself(demo_engines: Path) -> None:
     info = describe(Config())
     assert info.num_blocks * info.block_size == Config().scheduler.kv_cache_tokens

@@ -18,6 +18,7 @@ from specserve.engines.paged_model import FlatBatch
 
 BLOCK_SIZE = 32  # what the CPU kernels of paged attention are written for
 PRECISIONS = ("f32", "bf16")
+CAPABILITIES = "OPTIMIZATION_CAPABILITIES"
 
 
 def make_draft(config: Config) -> ModelDraftEngine:
@@ -62,6 +63,10 @@ class OpenVINOModel:
     ) -> None:
         self.vocab_size = manifest.load(engine_dir).vocab_size
         core = ov.Core()
+        if precision == "bf16" and "BF16" not in core.get_property("CPU", CAPABILITIES):
+            raise ValueError(
+                "engine.precision is 'bf16': this CPU has no bf16 arithmetic, set it to f32"
+            )
         model = core.read_model(engine_dir / "openvino_model.xml")
         paged_attention_transformation(model)
         _keep_logits_of(model, "logit_rows")

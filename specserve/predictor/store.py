@@ -4,13 +4,13 @@ import hashlib
 import json
 import logging
 import os
-import platform
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 from specserve import manifest
 from specserve.config import Config
+from specserve.cpu import cpu_name
 from specserve.predictor.profile import Profile
 from specserve.telemetry import uses_gpu
 from specserve.telemetry.reading import Reading
@@ -27,7 +27,7 @@ def fingerprint(config: Config, reading: Reading | None = None) -> dict[str, str
     engine = config.engine
     pair = {role: manifest.load(Path(engine.dir) / role) for role in ("draft", "target")}
     return {
-        **(_gpus(reading) if uses_gpu(config) else {"device": _cpu_name()}),
+        **(_gpus(reading) if uses_gpu(config) else {"device": cpu_name()}),
         "num_cores": str(len(os.sched_getaffinity(0))),
         "engine": engine.name,
         "engine_version": _version(engine.name),
@@ -96,10 +96,3 @@ def _gpus(reading: Reading | None) -> dict[str, str]:
         "other_devices": ", ".join(sorted({*names} - {names[0]})),
         "driver": reading.driver,
     }
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
