@@ -11,7 +11,19 @@ ARGS ?=
 # `make bench` ends in some ten minutes on two cores with these; `specserve bench` has them all.
 BENCH_TRACE ?= $(if $(SPECSERVE_DATA),azure_2023_conv,poisson)
 BENCH_OUTPUT ?= build/bench/$(shell git describe --always --dirty --abbrev=12)
-BENCH_ARGS ?= --load 0.3 --load 0.7 --slo-scale 1 --window-s 15 --set scheduler.max_num_seqs=16
+BENCH_ARGS ?= --load 0.3 --load 0.7 --slo-scale 1 --window-s 12 --length-scale 0.25
+# The results under bench/results: both Azure traces, every policy, three loads; some 50 minutes on
+# two cores that are quiet, and a quarter of an hour. Both go on where they were stopped.
+GRID := bench/results/grid.jsonl
+GRID_ARGS := --load 0.3 --load 0.6 --load 0.9 --slo-scale 1 --window-s 24 --warm-up-s 5 \
+  --length-scale 0.25
+GRID_SIMULATED := bench/results/grid_simulated.jsonl
+GRID_SIMULATED_ARGS := --window-s 60 --repeats 6 --set scheduler.max_seq_len=2048
+
+# Measured anew each time, on the machine as it is; bf16 where it computes in it, else f32.
+BENCH_ENGINES = --set engine.dir=build/bench_target \
+  --set engine.precision=$$($(BIN)/python -m bench.precision)
+BENCH_LIMITS := --set scheduler.max_num_seqs=16
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,7 +40,7 @@ BENCH := $(VENV)/.bench-installed
 CLIENTS := $(VENV)/clients/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help serve build test bench clients check clean
+.PHONY: help serve build test bench grid grid-simulated readme clients check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -37,6 +49,8 @@ help:
 	@echo 'make test    run the tests'
 	@echo 'make clients install aiperf, 1.2 GB, for the tests that run it'
 	@echo 'make bench   measure every policy on a server, in ten minutes; SPECSERVE_DATA BENCH_ARGS ...'
+	@echo 'make grid    the long one, for bench/results; make grid-simulated; SPECSERVE_DATA'
+	@echo 'make readme  write the tables of README.md anew from bench/results'
 	@echo 'make check   run ruff and mypy'
 	@echo 'make clean   remove $(VENV) and the caches'
 	@echo 'PYTHON=python3.12 chooses the Python that $(VENV) is made with (3.11 or 3.12)'
@@ -53,9 +67,26 @@ test: $(TEST)
 
 bench: $(BENCH)
 	@$(BIN)/python -m build_engines bench-target --output build/bench_target
+	@$(BIN)/specserve profile $(BENCH_ENGINES)
 	@$(BIN)/specserve bench --trace $(BENCH_TRACE) --output $(BENCH_OUTPUT).jsonl \
-	  --set engine.dir=build/bench_target --set engine.precision=$$($(BIN)/python -m bench.machine) $(BENCH_ARGS)
+	  $(BENCH_ENGINES) $(BENCH_LIMITS) $(BENCH_ARGS)
 	@$(BIN)/specserve report $(BENCH_OUTPUT).jsonl --output $(BENCH_OUTPUT)
+
+grid: $(BENCH)
+	@$(BIN)/python -m build_engines bench-target --output build/bench_target
+	@test -s $(GRID) || $(BIN)/specserve profile $(BENCH_ENGINES)
+	@$(BIN)/specserve bench --output $(GRID) $(BENCH_ENGINES) $(BENCH_LIMITS) $(GRID_ARGS)
+	@$(BIN)/specserve report $(GRID) --output build/report
+	@$(BIN)/python -m bench.readme
+
+grid-simulated: $(BENCH)
+	@$(BIN)/specserve bench --mode simulated --summary-only --output $(GRID_SIMULATED) \
+	  $(BENCH_LIMITS) $(GRID_SIMULATED_ARGS)
+	@$(BIN)/specserve report $(GRID_SIMULATED) --output build/report_simulated
+	@$(BIN)/python -m bench.readme
+
+readme: $(BENCH)
+	@$(BIN)/python -m bench.readme
 
 clients: $(CLIENTS)
 

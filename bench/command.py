@@ -13,11 +13,9 @@ if TYPE_CHECKING:
 
 def bench(**values: Any) -> None:
     """Replay traces against every policy; append one line of results for each cell."""
-    from specserve.launch.triton_process import TritonStartError
-
     try:
         run(BenchOptions(**values))
-    except (ValueError, TritonStartError) as error:
+    except (ValueError, RuntimeError) as error:  # of an option; of a server that does not start
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from bench.answer import Answer
 from bench.outcome import FAILED, FINISHED, REJECTED, Outcome
+from bench.step_traces import steps_of
 from bench.workloads.plan import PlannedRequest
 
 LEAD_S = 0.05  # so that the first request is not late for being the first
@@ -24,19 +25,23 @@ class Client(Protocol):
         """Send a request and read its answer to the end; an error is noted in it, not raised."""
 
 
-async def replay(client: Client, requests: Sequence[PlannedRequest]) -> list[Outcome]:
+async def replay(
+    client: Client, requests: Sequence[PlannedRequest], *, with_steps: bool = False
+) -> list[Outcome]:
     """Send requests at their arrival times and wait for all answers.
 
     Args:
         requests: in order of arrival.
+        with_steps: ask what the server's steps did; it must be on this machine.
     """
+    extra = {"return_perf_metrics": True} if with_steps else {}
     start_s = time.perf_counter() + LEAD_S
     tasks = []
     async with asyncio.TaskGroup() as group:
         for request in requests:
             delay_s = start_s + request.arrival_s - time.perf_counter()
             await asyncio.sleep(max(0.0, delay_s))
-            tasks.append(group.create_task(client.send(tensors_of(request))))
+            tasks.append(group.create_task(client.send(tensors_of(request) | extra)))
     return [
         outcome_of(request, task.result(), start_s)
         for request, task in zip(requests, tasks, strict=True)
@@ -74,6 +79,7 @@ def outcome_of(request: PlannedRequest, answer: Answer, start_s: float) -> Outco
         outcome.ending = FINISHED
         outcome.num_output_tokens = int(count)
         outcome.response_s = [moment - start_s for moment in answer.response_s]
+        outcome.steps = steps_of(answer.tensors, start_s)
     return outcome
 
 

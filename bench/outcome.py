@@ -18,6 +18,7 @@ class Outcome:
         num_output_tokens: as the server counted them.
         ending: FINISHED, REJECTED (refused early, with a reason) or FAILED.
         error: what the client was told, if it did not finish.
+        steps: that the request was in, where the server was asked; with its own tokens only.
     """
 
     request: PlannedRequest
@@ -26,6 +27,7 @@ class Outcome:
     num_output_tokens: int = 0
     ending: str = FAILED
     error: str = ""
+    steps: list[StepSample] = field(default_factory=list)
 
     @property
     def is_finished(self) -> bool:

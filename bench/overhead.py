@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.grpc_client import stream
-from bench.machine import fast_precision
+from bench.precision import native_precision
 from bench.prompts import held_out_prompts
 from bench.record import ROOT, emit
 from bench.served import Served, serving
@@ -54,7 +54,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--engines", default=str(ROOT / "build" / "bench_target"))
-    parser.add_argument("--precision", default=fast_precision())
+    parser.add_argument("--precision", default=native_precision())
     parser.add_argument("--policy", default="specserve")
     parser.add_argument("--model", default="specserve", help="or ensemble, tensorrt_llm_bls")
     parser.add_argument("--max-tokens", type=int, default=96)

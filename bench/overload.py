@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.grpc_client import Answer, stream
-from bench.machine import fast_precision
+from bench.precision import native_precision
 from bench.prompts import held_out_prompts
 from bench.record import ROOT, emit
 from bench.served import Served, serving
@@ -291,7 +291,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--engine", choices=["openvino", "simulated"], default="openvino")
     parser.add_argument("--engines", default=str(ROOT / "build" / "bench_target"))
-    parser.add_argument("--precision", default=fast_precision())
+    parser.add_argument("--precision", default=native_precision())
     parser.add_argument("--ttft-ms", type=float, default=2000.0)
     parser.add_argument("--tpot-ms", type=float, default=120.0)
     parser.add_argument("--max-tokens", type=int, default=32)

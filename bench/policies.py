@@ -29,7 +29,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bench.gpu import describe_gpu
-from bench.machine import fast_precision
+from bench.precision import native_precision
 from bench.prompts import held_out_prompts
 from bench.record import ROOT, emit
 from specserve import engines
@@ -212,7 +212,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=3, help="per row and round")
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--engines", default=str(ROOT / "build" / "bench_target"))
-    parser.add_argument("--precision", default=fast_precision())
+    parser.add_argument("--precision", default=native_precision())
     parser.add_argument("--profile", type=Path, default=ASSETS / "profile_cpu_0.4b.json")
     parser.add_argument("--recording", type=Path, default=ASSETS / "acceptance_demo.npz")
     parser.add_argument("--output", type=Path, help="append the JSON line to this file")

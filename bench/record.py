@@ -13,6 +13,7 @@ from typing import Any
 from specserve.cpu import cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
+NOT_CODE = (":!bench/results", ":!README.md")  # what a benchmark itself may change
 
 
 def _commit() -> str:
@@ -21,7 +22,8 @@ def _commit() -> str:
             ["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False
         ).stdout.strip()
 
-    dirty = "-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", *NOT_CODE)
+    dirty = "-dirty" if changes else ""
     return (git("rev-parse", "--short=12", "HEAD") or "unknown") + dirty
 
 

@@ -12,6 +12,7 @@ from bench.http_client import HttpClient
 from bench.load_generator import replay
 from bench.outcome import Outcome, Run
 from bench.served import Served, serving
+from bench.step_traces import merged
 from bench.workloads.plan import Plan
 
 HOST = "127.0.0.1"
@@ -33,7 +34,8 @@ class ThroughServer:
     def run(self, overrides: Sequence[str], warm_up: Plan | None, plan: Plan) -> Run:
         """Start a server, warm it up, replay the plan, stop the server."""
         with serving([*self._overrides, *overrides]) as server:
-            return Run(asyncio.run(self._replay(server, warm_up, plan)))
+            outcomes = asyncio.run(self._replay(server, warm_up, plan))
+        return Run(outcomes, merged(step for outcome in outcomes for step in outcome.steps))
 
     async def _replay(self, server: Served, warm_up: Plan | None, plan: Plan) -> list[Outcome]:
         connection = (
@@ -44,4 +46,4 @@ class ThroughServer:
         async with connection as client:
             if warm_up is not None:
                 await replay(client, warm_up.requests)
-            return await replay(client, plan.requests)
+            return await replay(client, plan.requests, with_steps=True)

@@ -21,6 +21,7 @@ from bench.http_client import HttpClient
 from bench.load_generator import ending_of, replay
 from bench.outcome import FAILED, FINISHED, REJECTED, Outcome
 from bench.served import Served, serving
+from bench.step_traces import merged, steps_of
 from bench.through_server import ThroughServer
 from bench.workloads.plan import Plan, PlannedRequest
 from specserve.admission import Rejected
@@ -258,7 +259,32 @@ def test_window_through_a_server_of_its_own(tmp_path: Path, demo_engines: Path) 
     assert [o.num_output_tokens for o in run.outcomes] == [
         r.num_output_tokens for r in plan.requests
     ]
-    assert run.steps == []
+    assert sum(step.drafted for step in run.steps) > 0
+    for outcome in run.outcomes:  # accepted tokens and one more from every step it was in
+        assert sum(step.accepted + 1 for step in outcome.steps) == outcome.num_output_tokens
+        assert outcome.steps[-1].t_s == pytest.approx(outcome.response_s[-1], abs=1.0)
+    parts = [step for outcome in run.outcomes for step in outcome.steps]
+    assert len(run.steps) < len(parts), "requests shared no step"
+    for name in ("drafted", "verified", "accepted"):
+        assert sum(getattr(s, name) for s in run.steps) == sum(getattr(s, name) for s in parts)
+
+
+def test_step_told_by_several_requests_is_one_step() -> None:
+    def tensors(arrival_s: float, *at_s: float) -> dict[str, Any]:
+        counts = {"num_drafted_tokens": 4, "num_verified_tokens": 3, "num_accepted_tokens": 2}
+        trace = [
+            {"at_s": at, "num_rows": 2, "predicted_s": None, "measured_s": 0.01, **counts}
+            for at in at_s
+        ]
+        return {"arrival_time_ns": round(arrival_s * 1e9), "step_trace": json.dumps(trace)}
+
+    first = steps_of(tensors(100.5, 0.02, 0.04), start_s=100.0)
+    second = steps_of(tensors(100.53, 0.01 + 1e-9, 0.03), start_s=100.0)
+    steps = merged([*first, *second])
+    assert [step.t_s for step in steps] == pytest.approx([0.52, 0.54, 0.56])
+    assert [step.drafted for step in steps] == [4, 8, 4]
+    assert [(step.verified, step.accepted) for step in steps] == [(3, 2), (6, 4), (3, 2)]
+    assert steps_of({}, start_s=100.0) == []
 
 
 @pytest.mark.openvino

@@ -28,6 +28,7 @@ from rich.table import Table
 
 from bench.extras import PEERS, require
 from bench.peers import Load, Peer
+from bench.precision import native_precision
 from bench.prompts import held_out_prompts
 from bench.record import ROOT, emit
 from bench.served import serving
@@ -86,7 +87,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="what the engines were made from (target/ and draft/), for transformers; by default "
         "that of build/bench_target, made again",
     )  # fmt: skip
-    parser.add_argument("--precision", choices=["bf16", "f32"], default="bf16")
+    parser.add_argument("--precision", choices=["bf16", "f32"], default=native_precision())
     parser.add_argument("--output", type=Path, help="append the JSON line to this file")
     return parser.parse_args(arguments)
 

@@ -159,8 +159,8 @@ class Results:
     def gain(self, metric: Metric, place: Place, policy: str, other: str) -> Estimate | None:
         """Return by how much a policy is better than another, above 0 if it is.
 
-        All policies are sent the same requests, so the interval is the bootstrap's over requests,
-        each compared with itself.
+        All policies are sent the same requests, so like is compared with like: the interval is
+        Student's over repeats from `MIN_REPEATS` of them, else the bootstrap's over requests.
 
         Returns:
             None if there is no repeat that both have.
@@ -174,7 +174,7 @@ class Results:
         if not gains:
             return None
         requests = [sign * gain for a, b in pairs for gain in _differences(metric, a, b)]
-        return Estimate(float(np.mean(gains)), bootstrap_interval(requests) if requests else None)
+        return Estimate(float(np.mean(gains)), _interval(gains, requests))
 
     def _values(self, metric: Metric, place: Place, policy: str) -> list[float]:
         values = [metric.of_cell(cell) for cell in self.cells(place, policy)]

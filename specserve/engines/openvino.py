@@ -17,8 +17,6 @@ from specserve.engines.model_target import ModelTargetEngine
 from specserve.engines.paged_model import FlatBatch
 
 BLOCK_SIZE = 32  # what the CPU kernels of paged attention are written for
-PRECISIONS = ("f32", "bf16")
-CAPABILITIES = "OPTIMIZATION_CAPABILITIES"
 
 
 def make_draft(config: Config) -> ModelDraftEngine:
@@ -31,12 +29,22 @@ def make_target(config: Config) -> ModelTargetEngine:
     return ModelTargetEngine(_load(config, "target"))
 
 
+def supported_precisions() -> list[str]:
+    """Return what `engine.precision` may be on this CPU, the fastest last.
+
+    Paged attention takes bf16 only where the CPU computes in it (AVX-512 BF16 or AMX).
+    """
+    can = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return ["f32", *(["bf16"] if "BF16" in can else [])]
+
+
 def _load(config: Config, role: str) -> "OpenVINOModel":
     info = describe(config)
-    if config.engine.precision not in PRECISIONS:
+    precisions = supported_precisions()
+    if config.engine.precision not in precisions:
         raise ValueError(
             f"engine.precision is '{config.engine.precision}': "
-            f"openvino supports {' and '.join(PRECISIONS)}"
+            f"openvino supports {' and '.join(precisions)} on this CPU"
         )
     if info.block_size != BLOCK_SIZE:
         raise ValueError(f"engine.block_size is {info.block_size}: openvino needs {BLOCK_SIZE}")
@@ -63,10 +71,6 @@ class OpenVINOModel:
     ) -> None:
         self.vocab_size = manifest.load(engine_dir).vocab_size
         core = ov.Core()
-        if precision == "bf16" and "BF16" not in core.get_property("CPU", CAPABILITIES):
-            raise ValueError(
-                "engine.precision is 'bf16': this CPU has no bf16 arithmetic, set it to f32"
-            )
         model = core.read_model(engine_dir / "openvino_model.xml")
         paged_attention_transformation(model)
         _keep_logits_of(model, "logit_rows")

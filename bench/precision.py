@@ -1,0 +1,15 @@
+"""The arithmetic that a benchmark takes unless told otherwise: bf16 where this CPU has it.
+
+python -m bench.precision        prints it
+"""
+
+from specserve.engines.openvino import supported_precisions
+
+
+def native_precision() -> str:
+    """Return the smallest precision that OpenVINO runs on this CPU."""
+    return supported_precisions()[-1]
+
+
+if __name__ == "__main__":
+    print(native_precision())

@@ -1,0 +1,193 @@
+"""Result files into README.md: every table between two marks is written anew from its file.
+
+    <!-- results: grid bench/results/grid.jsonl -->      what and from where; below it goes the table
+    <!-- /results -->
+
+Example: python -m bench.readme
+"""
+
+import argparse
+import re
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from bench.cells import read_lines
+from bench.record import ROOT
+from bench.report import style
+from bench.report.results import ATTAINMENT, LATENCY, OURS, Place, Results, read
+from bench.report.tables import Verdict, number, verdict
+
+SECTION = re.compile(
+    r"(?P<head><!-- results: (?P<kind>\w+) (?P<file>\S+) -->\n).*?(?P<end><!-- /results -->)", re.S
+)
+
+
+def main() -> None:
+    """Rewrite the file in place."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    path = parser.parse_args().readme
+    try:
+        text = rewritten(path.read_text(encoding="utf-8"), ROOT)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+    path.write_text(text, encoding="utf-8")
+    print(f"rewritten: {path}")
+
+
+def rewritten(text: str, root: Path) -> str:
+    """Return a README with every marked section made from its file.
+
+    Args:
+        root: what the files are named from.
+
+    Raises:
+        ValueError: no section, an unknown kind, or a file that is missing or holds something else.
+    """
+    if SECTION.search(text) is None:
+        raise ValueError("no section between `<!-- results: KIND FILE -->` and `<!-- /results -->`")
+
+    def section(match: re.Match[str]) -> str:
+        kind = match["kind"]
+        if kind not in KINDS:
+            raise ValueError(f"section '{kind}': known are {', '.join(KINDS)}")
+        lines = "\n".join(KINDS[kind](root / match["file"]))
+        return f"{match['head']}{lines}\n{match['end']}"
+
+    return SECTION.sub(section, text)
+
+
+def grid(path: Path) -> Iterator[str]:
+    """Yield the grid of a file: what was sent, a table, where we are not ahead."""
+    for results in read([path]).values():
+        yield _workload(results)
+        yield ""
+        yield from _grid_table(results)
+        yield ""
+        yield " ".join(_standing(verdict(results, metric)) for metric in (LATENCY, ATTAINMENT))
+
+
+def peers(path: Path) -> Iterator[str]:
+    """Yield the last result of `python -m bench.peers` in a file."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file: run `python -m bench.peers --output {path}`")
+    trees = [tree for _, tree in read_lines(path) if tree.get("bench") == "peers"]
+    if not trees:
+        raise ValueError(f"{path} has no line of `python -m bench.peers`")
+    tree = trees[-1]
+    rates: dict[str, dict[str, Any]] = tree["tokens_per_s"]
+    ours = rates["specserve"]
+    config = tree["config"]
+    yield (
+        f"{_machine(tree)}, {config['precision']}, {config['threads']} threads, "
+        f"{config['max_tokens']} tokens a request, commit {tree['commit']}, median of "
+        f"{config['rounds']} rounds: `{tree['command']}`."
+    )
+    yield ""
+    yield from _row("output tokens/s, requests at once", ours, str)
+    yield "|---" * (len(ours) + 1) + "|"
+    yield from _row("**specserve**, through Triton gRPC", ours, lambda c: f"**{ours[c]:.0f}**")
+    for name in (name for name in rates if name != "specserve"):
+        arms = dict.fromkeys(arm for row in rates[name].values() for arm in row)
+        for arm in arms:
+            row = rates[name]
+            yield from _row(
+                f"{name} {arm}".replace("_", " "),
+                ours,
+                lambda c, row=row, arm=arm: f"{row[c][arm]:.0f}" if c in row else "-",  # type: ignore[misc]
+            )
+    against = tree["against_best_genai"]
+    yield from _row("specserve / best of OpenVINO GenAI", ours, lambda c: f"{against[c]:.2f}×")
+
+
+KINDS: dict[str, Callable[[Path], Iterator[str]]] = {"grid": grid, "peers": peers}
+
+
+def _row(name: str, columns: dict[str, Any], entry: Callable[[str], str]) -> Iterator[str]:
+    yield f"| {name} | {' | '.join(entry(column) for column in columns)} |"
+
+
+def _grid_table(results: Results) -> Iterator[str]:
+    """Yield a table at the middle SLO scale: mean latency and attainment, the best ones bold."""
+    places = [
+        Place(trace, scale, load)
+        for trace in results.traces
+        for scale in [results.middle_scale(trace)]
+        for load in results.loads(trace, scale)
+    ]
+    heads = [f"{trace.removeprefix('azure_2023_')} {load:g}" for trace, _, load in places]
+    yield f"| mean latency s, SLO attainment | {' | '.join(heads)} |"
+    yield "|---" * (len(places) + 1) + "|"
+    best = {(p, m.name): results.best(m, p) for p in places for m in (LATENCY, ATTAINMENT)}
+    for policy in results.policies:
+        entries = []
+        for place in places:
+            latency, attained = (results.value(m, place, policy) for m in (LATENCY, ATTAINMENT))
+            texts = [
+                (LATENCY, "-" if latency is None else number(latency)),
+                (ATTAINMENT, "-" if attained is None else f"{attained:.0f}%"),
+            ]
+            entries.append(
+                ", ".join(
+                    f"**{text}**" if policy in best[place, metric.name] else text
+                    for metric, text in texts
+                )
+            )
+        yield f"| {style.label(policy)} | {' | '.join(entries)} |"
+
+
+def _workload(results: Results) -> str:
+    """Say in a sentence or two what was sent where, by which command."""
+    cells = results.all_cells
+    first = cells[0]
+    info = first.workload
+    counts = [cell.workload.num_requests for cell in cells]
+    commits = ", ".join(sorted({str(cell.context["commit"]) for cell in cells}))
+    seconds = f"{info.window_s:g} s"
+    return (
+        f"{_machine(first.context)}, commit {commits}: {len(cells)} windows of {seconds} with "
+        f"{min(counts)} to {max(counts)} requests; output lengths × {info.length_scale:g}, prompt "
+        f"lengths × {info.prompt_scale:g}; arrivals in the trace's rhythm, stretched to loads of "
+        f"plain decoding's capacity; {_objective(results)}: `{first.context['command']}`."
+    )
+
+
+def _objective(results: Results) -> str:
+    """Say what the TPOT objective of a request was, trace by trace."""
+    texts = []
+    for trace in results.traces:
+        scale = results.middle_scale(trace)
+        cell = next(
+            c for c in results.all_cells if (c.key.trace, c.key.slo_scale) == (trace, scale)
+        )
+        slos = "; ".join(
+            f"{name} {slo['tpot_ms']:.0f} ms" if slo["tpot_ms"] else f"{name} none"
+            for name, slo in cell.workload.slo.items()
+        )
+        texts.append(f"{trace.removeprefix('azure_2023_')} {slos}")
+    return f"TPOT objective {', '.join(texts)}"
+
+
+def _standing(result: Verdict) -> str:
+    """Say where our policy is ahead and where it is not."""
+    name, num = result.metric.name, len(result.duels)
+    text = f"{OURS} has the best {name} in {result.num_won()} of {num} cells"
+    if not result.lost:
+        return f"{text}."
+    clear = sum(duel.is_clear for duel in result.lost)
+    others = [
+        f"{other} in {len(list(duels))}"
+        for other, duels in groupby(sorted(duel.other for duel in result.lost))
+    ]
+    return f"{text}; ahead of it: {', '.join(others)}, {clear} of them by more than chance."
+
+
+def _machine(tree: dict[str, Any]) -> str:
+    machine = tree["machine"]
+    return f"{machine['num_cores']} cores ({machine['cpu']})"
+
+
+if __name__ == "__main__":
+    main()
