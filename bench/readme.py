@@ -1,6 +1,6 @@
 """Result files into README.md: every table between two marks is written anew from its file.
 
-    <!-- results: grid bench/results/grid.jsonl -->      what and from where; below it goes the table
+    <!-- results: grid bench/results/grid.jsonl -->      kind and file
     <!-- /results -->
 
 Example: python -m bench.readme
@@ -99,7 +99,7 @@ def peers(path: Path) -> Iterator[str]:
                 lambda c, row=row, arm=arm: f"{row[c][arm]:.0f}" if c in row else "-",  # type: ignore[misc]
             )
     against = tree["against_best_genai"]
-    yield from _row("specserve / best of OpenVINO GenAI", ours, lambda c: f"{against[c]:.2f}×")
+    yield from _row("specserve / best of OpenVINO GenAI", ours, lambda c: f"{against[c]:.2f}x")
 
 
 KINDS: dict[str, Callable[[Path], Iterator[str]]] = {"grid": grid, "peers": peers}
@@ -148,8 +148,8 @@ def _workload(results: Results) -> str:
     seconds = f"{info.window_s:g} s"
     return (
         f"{_machine(first.context)}, commit {commits}: {len(cells)} windows of {seconds} with "
-        f"{min(counts)} to {max(counts)} requests; output lengths × {info.length_scale:g}, prompt "
-        f"lengths × {info.prompt_scale:g}; arrivals in the trace's rhythm, stretched to loads of "
+        f"{min(counts)} to {max(counts)} requests; output lengths x {info.length_scale:g}, prompt "
+        f"lengths x {info.prompt_scale:g}; arrivals in the trace's rhythm, stretched to loads of "
         f"plain decoding's capacity; {_objective(results)}: `{first.context['command']}`."
     )
 

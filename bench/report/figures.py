@@ -100,5 +100,6 @@ def _log_if_wide(axes: Axes) -> None:
     ]
     if values and max(values) > LOG_FROM * min(values):
         axes.set_yscale("log")
+        style.plain_log(axes.yaxis)
     else:
         axes.set_ylim(bottom=0)

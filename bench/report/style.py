@@ -3,7 +3,9 @@
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from bench.report.results import BASELINE, OURS
 
@@ -68,6 +70,13 @@ def grid(num_rows: int, num_columns: int, height: float = 2.9) -> tuple[Figure, 
     figure = Figure(figsize=(9.6, height * num_rows), layout="constrained")
     axes = figure.subplots(num_rows, num_columns, squeeze=False)
     return figure, [panel for row in axes for panel in row]
+
+
+def plain_log(axis: Axis) -> None:
+    """Label a logarithmic axis 1, 2, 5, 10, ..."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def legend_below(figure: Figure, axes: Axes) -> None:

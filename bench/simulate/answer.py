@@ -5,7 +5,6 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullLocator
 from rich.table import Table
 
 from bench.cells import Distribution
@@ -60,9 +59,7 @@ def draw(question: Question, answers: Answers, path: Path) -> None:
         for axes in (left, right):
             axes.set_xscale("log")
             axes.set_xlabel("requests per second")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.xaxis.set_minor_locator(NullLocator())
+            style.plain_log(axes.xaxis)
         style.legend_below(figure, left)
         figure.suptitle(f"{question.title}\n{question.objective}", fontsize=10)
         path.parent.mkdir(parents=True, exist_ok=True)
