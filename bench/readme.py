@@ -38,13 +38,13 @@ def main() -> None:
 
 
 def rewritten(text: str, root: Path) -> str:
-    """Return a README with every marked section made from its file.
+    """Return a README with every marked section made from its file, if that is there already.
 
     Args:
         root: what the files are named from.
 
     Raises:
-        ValueError: no section, an unknown kind, or a file that is missing or holds something else.
+        ValueError: no section, an unknown kind, or a file that holds something else.
     """
     if SECTION.search(text) is None:
         raise ValueError("no section between `<!-- results: KIND FILE -->` and `<!-- /results -->`")
@@ -53,6 +53,8 @@ def rewritten(text: str, root: Path) -> str:
         kind = match["kind"]
         if kind not in KINDS:
             raise ValueError(f"section '{kind}': known are {', '.join(KINDS)}")
+        if not (root / match["file"]).is_file():
+            return match[0]
         lines = "\n".join(KINDS[kind](root / match["file"]))
         return f"{match['head']}{lines}\n{match['end']}"
 
@@ -71,8 +73,6 @@ def grid(path: Path) -> Iterator[str]:
 
 def peers(path: Path) -> Iterator[str]:
     """Yield the last result of `python -m bench.peers` in a file."""
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file: run `python -m bench.peers --output {path}`")
     trees = [tree for _, tree in read_lines(path) if tree.get("bench") == "peers"]
     if not trees:
         raise ValueError(f"{path} has no line of `python -m bench.peers`")
@@ -92,12 +92,9 @@ def peers(path: Path) -> Iterator[str]:
     for name in (name for name in rates if name != "specserve"):
         arms = dict.fromkeys(arm for row in rates[name].values() for arm in row)
         for arm in arms:
-            row = rates[name]
-            yield from _row(
-                f"{name} {arm}".replace("_", " "),
-                ours,
-                lambda c, row=row, arm=arm: f"{row[c][arm]:.0f}" if c in row else "-",  # type: ignore[misc]
-            )
+            cells = {c: rates[name].get(c, {}).get(arm) for c in ours}
+            texts = {c: "-" if rate is None else f"{rate:.0f}" for c, rate in cells.items()}
+            yield from _row(f"{name} {arm}".replace("_", " "), ours, texts.__getitem__)
     against = tree["against_best_genai"]
     yield from _row("specserve / best of OpenVINO GenAI", ours, lambda c: f"{against[c]:.2f}x")
 

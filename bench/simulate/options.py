@@ -37,7 +37,7 @@ class SimulateOptions:
         None
     )
     trace: Annotated[str, Option(help="As for `specserve bench`.")] = "poisson"
-    requests: Annotated[int, Option(min=10, help="At every rate, the same ones.")] = 200
+    requests: Annotated[int, Option(min=10, help="At least; a window has 10 TTFTs too.")] = 200
     prompt_tokens: Annotated[float | None, Option(min=1.0, help="Mean; else the trace's.")] = None
     output_tokens: Annotated[float | None, Option(min=1.0, help="Mean; else the trace's.")] = None
     data: Annotated[Path | None, Option(help="Traces.", envvar=DATA_ENV)] = None

@@ -26,6 +26,7 @@ DEFAULT_POLICIES = ("none", "specserve")
 CLASS = "all"  # not one of slo.reject_late_classes: who is late is served late, and counted
 MODEL_DRAFTS = "policy.draft_source=model"  # there are no texts to look up
 NUM_WARM_UP, WARM_UP_SEED = 32, 9_000_000
+WINDOW_TTFTS = 10.0  # a window is this many TTFT objectives long, at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class Question:
         self._planner = Planner(trace, lengths, lengths_only, of_acceptance, [_class(self.slo)])
         self.lines = [
             describe(options.profile, self.profile),
-            f"{options.requests} requests as in {trace.name}; "
+            f"at least {options.requests} requests as in {trace.name}; "
             + _describe_lengths(trace, lengths)
             + f"; {options.overhead_ms:g} ms of every step outside the engines",
             of_acceptance,
@@ -113,7 +114,8 @@ class Question:
 
     def _probe(self, policy: str, rate_rps: float) -> RateProbe:
         options = self._options
-        window_s = options.requests / rate_rps
+        # NOTE: a shorter window would end before a queue that grows is as long as a TTFT allows.
+        window_s = max(options.requests / rate_rps, WINDOW_TTFTS * (self.slo.ttft_s or 0.0))
         plan = self._planner.window(rate_rps, window_s, seed=options.seed)
         warm_up = self._planner.window(rate_rps, NUM_WARM_UP / rate_rps, seed=WARM_UP_SEED)
         run = self._runner.run(arm_overrides(policy, [self.slo]), warm_up, plan)
