@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -146,7 +147,12 @@ def test_profiles_are_shipped_for_the_demo_and_for_every_device_and_pair() -> No
 def test_estimate_is_what_the_script_writes_and_the_model_repeats(name: str) -> None:
     profile = profiles.find(name)
     device, _, pair = name.partition("-")
-    assert profile == estimate.estimate(estimate.DEVICES[device], *estimate.PAIRS[pair])
+    written = estimate.estimate(estimate.DEVICES[device], *estimate.PAIRS[pair])
+    assert replace(profile, verify=(), draft=()) == replace(written, verify=(), draft=())
+    for kind in ("verify", "draft"):  # numpy's last digit depends on the CPU
+        for one, other in zip(getattr(profile, kind), getattr(written, kind), strict=True):
+            assert replace(one, seconds=0.0) == replace(other, seconds=0.0)
+            assert one.seconds == pytest.approx(other.seconds, rel=1e-12)
     model = StepTimeModel(profile)
     for sample in profile.verify:
         predicted_s = model.verify_s(sample.num_tokens, sample.context_tokens)
