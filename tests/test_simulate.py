@@ -194,14 +194,14 @@ def test_unknown_profile_is_refused_by_name() -> None:
 def _options(**values: object) -> SimulateOptions:
     defaults = {
         "profile": "h100-llama-70b", "rate": "1:50", "slo_tpot_ms": 40.0, "requests": 20,
-        "prompt_tokens": 128.0, "output_tokens": 32.0, "policy": ["none"],
+        "prompt_tokens": 128.0, "output_tokens": 32.0, "policy": ["none"], "slo_ttft_ms": 0.0,
     }  # fmt: skip
     return SimulateOptions(**{**defaults, **values})  # type: ignore[arg-type]
 
 
 def test_plain_decoding_alone_takes_the_profiles_step_and_the_overhead() -> None:
     """At a rate so low that requests never meet, TPOT is one step of one token."""
-    question = Question(_options(rate="0.01:0.02", overhead_ms=5.0, slo_ttft_ms=0.0))
+    question = Question(_options(rate="0.01:0.02", overhead_ms=5.0))
     probe = question.answer("none").probes[0]
     assert probe.mean_rows < 1.05
     step_s = StepTimeModel(question.profile).verify_s(1, 150)
@@ -229,6 +229,13 @@ def test_more_acceptance_is_more_capacity_for_speculation() -> None:
     assert low is None or low.rate_rps < high.rate_rps
 
 
+def test_window_is_long_enough_for_a_growing_queue_to_be_late() -> None:
+    probes = Question(_options(requests=10, slo_ttft_ms=200.0, rate="1:50")).answer("none").probes
+    sent = {p.rate_rps: p.summary.num_finished + p.summary.num_rejected for p in probes}
+    assert sent[1.0] == 10
+    assert sent[probes[-1].rate_rps] == round(10 * 0.2 * probes[-1].rate_rps)
+
+
 def test_limits_come_from_the_profile_and_yield_to_set() -> None:
     assert Question(_options()).max_num_seqs == 256
     assert Question(_options(override=["scheduler.max_num_seqs=7"])).max_num_seqs == 7
@@ -239,11 +246,11 @@ def test_command_labels_an_estimate_and_draws(tmp_path: Path) -> None:
     result = CliRunner().invoke(
         app,
         "simulate --profile h100-llama-70b --rate 1:100 --slo-tpot-ms 30 --requests 20 "
-        f"--prompt-tokens 128 --output-tokens 32 --output {picture}".split(),
+        f"--slo-ttft-ms 200 --prompt-tokens 128 --output-tokens 32 --output {picture}".split(),
     )
     assert result.exit_code == 0, result.output
     assert "estimate from a datasheet roofline, not measured" in result.output
-    assert "TTFT of 2000 ms and TPOT of 30 ms for 90% of the requests" in result.output
+    assert "TTFT of 200 ms and TPOT of 30 ms for 90% of the requests" in result.output
     rows = [line for line in result.output.splitlines() if line.startswith("│")]
     assert [row.split("│")[1].strip() for row in rows] == ["plain decoding", "specserve"]
     assert picture.read_bytes().startswith(PNG)
