@@ -18,6 +18,7 @@ from specserve.sampling_params import MAX_SEED, SamplingParams
 from specserve.text import encode
 
 NO_END = -1  # an end_id that no token has
+HTTP_HEADER = "host"  # the launcher has Triton forward it; gRPC has none of this name
 DRAFT_SOURCES = ("auto", "model", "ngram", "none")
 _REFUSALS = {spec.name: spec.refuse for spec in INPUTS if spec.refuse}
 
@@ -28,6 +29,8 @@ class Call:
 
     Attributes:
         prefix: what the text starts with: the prompt, unless it is excluded.
+        is_watched: the call came through an ensemble, which ends with the `watcher` step.
+        is_http: the client speaks HTTP.
     """
 
     request: Request
@@ -40,6 +43,8 @@ class Call:
     return_num_output_tokens: bool
     return_finish_reason: bool
     return_token_ids: bool
+    is_watched: bool
+    is_http: bool
 
 
 class CallParser:
@@ -111,6 +116,8 @@ class CallParser:
             return_num_output_tokens=read.flag("return_num_output_tokens", False),
             return_finish_reason=read.flag("return_finish_reason", False),
             return_token_ids=read.flag("return_token_ids", False),
+            is_watched="watched" in tensors,
+            is_http=any(name.lower() == HTTP_HEADER for name in others),
         )
 
     def _prompt(self, read: Reader) -> tuple[str, list[int]]:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import secrets
+import time
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,9 @@ from specserve.request import FinishReason, Request
 from specserve.scheduler import StepOutput
 from specserve.text import TextStream
 from specserve.trace import StepTrace
+
+HTTP_PROBE_S = 0.5  # of silence; the client sees it, so seldom
+WATCHER_PROBE_S = 0.1
 
 
 class Reply:
@@ -37,6 +42,7 @@ class Reply:
         self._token_ids: list[int] = []
         self._log_probs: list[float] = []
         self._sum_log_probs = 0.0
+        self._sent_s = time.monotonic()
 
     @property
     def request(self) -> Request:
@@ -76,6 +82,27 @@ class Reply:
             self._sender.send(flags=FINAL)
         return self.is_done
 
+    def probe_due_s(self) -> float:
+        """Return when to `probe`, by `time.monotonic()`; infinity if that would tell nothing.
+
+        Triton notices that an HTTP client has gone when it writes to it. It tells us, unless we run
+        in an ensemble: only the `watcher` that a response starts is told there.
+        """
+        if self.call.is_http:
+            return self._sent_s + HTTP_PROBE_S if self.call.stream else math.inf
+        return self._sent_s + WATCHER_PROBE_S if self.call.is_watched else math.inf
+
+    def probe(self) -> None:
+        """Break a silence to find out whether the client has gone.
+
+        An HTTP stream gets an empty text; otherwise nothing leaves the ensemble.
+        """
+        tensors = _always("", self.cancel_key)
+        if not self.call.is_http:
+            del tensors["text_output"]
+        self._sent_s = time.monotonic()
+        self._sender.send(_response(tensors))
+
     def fail(self, message: str, code: int) -> None:
         """End with an error."""
         if not self.is_done:
@@ -93,6 +120,7 @@ class Reply:
         if reason is not None:
             tensors |= self._summary(reason)
         self._pending, self._token_ids, self._log_probs = "", [], []
+        self._sent_s = time.monotonic()
         self.is_done = reason is not None
         self._sender.send(_response(tensors), flags=FINAL if self.is_done else 0)
 
@@ -127,7 +155,7 @@ def send_done(sender: Sender) -> None:
 
 
 def _always(text: str, cancel_key: int) -> dict[str, NDArray[Any]]:
-    """Return what the `watcher` step of an ensemble takes: it must be in every response."""
+    """Return what every text comes with; the `watcher` step of an ensemble needs the key."""
     return {
         "text_output": np.array([[text.encode()]], dtype=object),
         "cancel_key": _long(cancel_key),

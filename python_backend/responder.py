@@ -119,8 +119,15 @@ class Responder:
         for reply in list(self._replies.values()):
             if reply.cancel():
                 self._end(reply, FinishReason.CANCELLED)
+        self._probe(now)
         self._tick()
         self._next_poll = time.monotonic() + POLL_S
+
+    def _probe(self, now: float) -> None:
+        """Probe one client at most: each costs some .4 ms of CPU time in three processes."""
+        reply = min(list(self._replies.values()), key=Reply.probe_due_s, default=None)
+        if reply is not None and reply.probe_due_s() <= now:
+            reply.probe()
 
     def _cancel(self, is_meant: Callable[[Reply], bool]) -> None:
         for reply in list(self._replies.values()):

@@ -136,9 +136,11 @@ OUTPUTS: tuple[TensorSpec, ...] = (
 )
 
 # Of `specserve` alone: what the steps before and after it in an ensemble give and take. A client
-# may send input_ids in place of text, and a response's cancel_key with `stop`.
+# may send input_ids in place of text, and a response's cancel_key with `stop`. Of watched, whatever
+# it holds, only counts that it is there: an ensemble can map a tensor to it, but make none.
 INTERNAL_INPUTS: tuple[TensorSpec, ...] = (
     TensorSpec("input_ids", "INT32", (-1,)),
     TensorSpec("cancel_key", "INT64"),
+    TensorSpec("watched", "INT32"),
 )
 INTERNAL_OUTPUTS: tuple[TensorSpec, ...] = (TensorSpec("cancel_key", "INT64"),)

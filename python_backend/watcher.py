@@ -1,7 +1,8 @@
 """The `watcher` model: the step of an ensemble that notices clients who have gone.
 
 Triton 2.51 does not pass a cancellation on to an ensemble step that already runs, but a step that
-starts afterwards sees it. This one starts with every response of `specserve`.
+starts afterwards sees it. This one starts with every response of `specserve`. It is decoupled, so
+that a response which only asks about the client can end here.
 """
 
 import logging
@@ -12,26 +13,30 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from python_backend import log
+from python_backend.sender import FINAL
 
 logger = logging.getLogger(__name__)
 
 
 class WatcherModel:
-    """Hands each response's text on; of a client who has gone, it stops the generation."""
+    """Hands each response on; of a client who has gone, it stops the generation."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Set up the log."""
         log.configure(args)
 
-    def execute(self, requests: list[Any]) -> list[Any]:
+    def execute(self, requests: list[Any]) -> None:
         """Look at each request of an ensemble once more."""
-        return [self._answer(request) for request in requests]
+        for request in requests:
+            self._answer(request)
 
-    def _answer(self, request: Any) -> Any:
+    def _answer(self, request: Any) -> None:
+        tensors = {tensor.name(): tensor for tensor in request.inputs()}
+        cancel_key = tensors.pop("cancel_key").as_numpy()
         if request.is_cancelled():
-            _stop(pb_utils.get_input_tensor_by_name(request, "cancel_key").as_numpy())
-        text = pb_utils.get_input_tensor_by_name(request, "text").as_numpy()
-        return pb_utils.InferenceResponse([pb_utils.Tensor("text_output", text)])
+            _stop(cancel_key)
+        response = pb_utils.InferenceResponse(list(tensors.values())) if tensors else None
+        request.get_response_sender().send(response, flags=FINAL)
 
 
 def _stop(cancel_key: NDArray[np.int64]) -> None:

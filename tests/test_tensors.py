@@ -118,10 +118,20 @@ def test_an_ensemble_forwards_every_tensor_under_its_name(model: str) -> None:
     assert (specserve.model_name, watcher.model_name) == ("specserve", "watcher")
     forwarded = dict(specserve.input_map)
     internal = {"input_ids"} if model == "ensemble" else set()
+    assert forwarded.pop("watched") == "max_tokens", "what every call has"
     assert set(forwarded) == {spec.name for spec in INPUTS} | internal
     assert all(name == value for name, value in forwarded.items())
-    outputs = {**specserve.output_map, **watcher.output_map}
-    assert {spec.name for spec in OUTPUTS} <= set(outputs.values())
+    names = {spec.name for spec in OUTPUTS}
+    assert {watcher.input_map[name] for name in names} == {specserve.output_map[n] for n in names}
+    assert dict(watcher.output_map) == {name: name for name in names}
+
+
+def test_the_watcher_takes_and_gives_every_output() -> None:
+    config = load("watcher")
+    assert config.model_transaction_policy.decoupled, "what asks about a client ends there"
+    assert [described(port) for port in config.output] == [expected(spec) for spec in OUTPUTS]
+    optional = [described(port) for port in config.input if port.optional]
+    assert optional == [expected(spec) for spec in OUTPUTS]
 
 
 def test_each_ensemble_step_maps_tensors_that_its_model_has() -> None:
