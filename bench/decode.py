@@ -22,7 +22,7 @@ import torch
 
 from bench.gpu import describe_gpu
 from bench.prompts import held_out_prompts
-from bench.record import ROOT, emit
+from bench.record import ROOT, emit, made_of
 from specserve import manifest
 from specserve.assemble import assemble
 from specserve.config import Config, load_config
@@ -61,6 +61,7 @@ def main() -> None:
     emit(
         {
             "bench": "decode",
+            "pair": made_of(options.engines),
             "gpu": describe_gpu(telemetry),
             "tokens_per_s": 1 / token_s,
             "share_of_limit": 1 / token_s / limit,

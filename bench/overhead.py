@@ -21,7 +21,7 @@ from rich.table import Table
 from bench.grpc_client import stream
 from bench.precision import native_precision
 from bench.prompts import held_out_prompts
-from bench.record import ROOT, emit
+from bench.record import ROOT, emit, made_of
 from bench.served import Served, serving
 from specserve.text import load_tokenizer
 
@@ -42,6 +42,7 @@ def main() -> None:
     emit(
         {
             "bench": "overhead",
+            "pair": made_of(options.engines),
             "overhead_share": {str(n): round(row["overhead_share"], 4) for n, row in rows.items()},
             "detail": {str(n): row for n, row in rows.items()},
             "config": vars(options),

@@ -31,7 +31,7 @@ from rich.table import Table
 from bench.gpu import describe_gpu
 from bench.precision import native_precision
 from bench.prompts import held_out_prompts
-from bench.record import ROOT, emit
+from bench.record import ROOT, emit, made_of
 from specserve import engines
 from specserve.assemble import assemble
 from specserve.config import Config, SchedulerConfig, load_config
@@ -174,6 +174,7 @@ def main() -> None:
         {
             "bench": "policies",
             "engine": options.engine,
+            "pair": None if options.engine == "simulated" else made_of(options.engines),
             "gpu": describe_gpu(bench.telemetry),
             "tokens_per_s": {
                 arm: {str(c): round(cells[c][arm].tokens_per_s, 2) for c in cells}

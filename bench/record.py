@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from specserve import manifest
 from specserve.cpu import cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +44,14 @@ def context() -> dict[str, Any]:
         "command": " ".join(["python", *sys.orig_argv[1:]]),
         "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def made_of(engine_dir: str | Path) -> dict[str, str]:
+    """Name and print what a pair was made from: an inflated one has the text of a smaller model."""
+    pair = {r: manifest.load(Path(engine_dir) / r).source.name for r in ("target", "draft")}
+    for role, source in pair.items():
+        print(f"{role}: {source}")
+    return pair
 
 
 def emit(result: Mapping[str, Any], path: Path | None = None) -> None:

@@ -1,7 +1,7 @@
 """Clients of a running server, tritonclient's gRPC and raw HTTP, and the plain decoding to compare.
 
-NOTE: every gRPC stream here is read to its end. Leaving one early cancels it, and cancelling a
-stream of a decoupled model can abort server 2.51.
+NOTE: gRPC streams here are read to their end, but for `grpc_leaving`. Leaving one early cancels it,
+and cancelling a stream of a decoupled model while it answers can abort server 2.51.
 """
 
 from __future__ import annotations
@@ -153,6 +153,17 @@ def grpc_one_stream(server: Served, model: str, requests: Sequence[Tensors]) -> 
             _take(answers[int(result.get_response().id)], result, error)
         client.stop_stream()
     return answers
+
+
+@contextlib.contextmanager
+def grpc_leaving(server: Served, model: str, requests: Sequence[Tensors]) -> Iterator[None]:
+    """Send requests that do not stream, all at once; leaving cancels them."""
+    with triton.InferenceServerClient(_grpc_address(server)) as client:
+        client.start_stream(lambda result, error: None)
+        for tensors in requests:
+            client.async_stream_infer(model, _inputs(tensors))
+        yield
+        client.stop_stream(cancel_requests=True)
 
 
 def grpc_raw(server: Served, model: str, tensors: Tensors) -> Answer:

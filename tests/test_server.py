@@ -7,6 +7,7 @@ exactly enumerated distribution.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -14,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +31,7 @@ from server_client import (
     events,
     generate,
     generate_stream,
+    grpc_leaving,
     grpc_many,
     grpc_one,
     grpc_one_stream,
@@ -76,7 +79,9 @@ class Greedy(NamedTuple):
 
 @pytest.fixture(scope="module")
 def server(demo_engines: Path) -> Iterator[Served]:
-    with serving([f"engine.dir={demo_engines}", "engine.precision=f32"]) as served:
+    """Rows for 16 streams and a few more, so that one test can fill them all."""
+    overrides = ["scheduler.max_num_seqs=20"]
+    with serving([f"engine.dir={demo_engines}", "engine.precision=f32", *overrides]) as served:
         yield served
 
 
@@ -851,6 +856,42 @@ def leave_early(server: Served, model: str, num_events: int, max_tokens: int) ->
         stream = events(response)
         for _ in range(num_events):
             assert "text_output" in next(stream)
+
+
+@EVERY_MODEL
+def test_grpc_client_who_waits_in_silence_may_leave(server: Served, model: str) -> None:
+    """Nothing is sent to it, so an ensemble learns that it has gone by asking."""
+    num_calls, max_tokens = 8, 3500
+    requests = [{"text_input": CODE, "max_tokens": max_tokens, "end_id": -1}] * num_calls
+    before = server.metrics()["specserve_output_tokens_total"]
+    with grpc_leaving(server, model, requests):
+        wait_until(lambda: requests_of(server) == (num_calls, 0), "all calls run")
+    wait_until_idle(server)
+    spent = server.metrics()["specserve_output_tokens_total"] - before
+    assert spent < num_calls * max_tokens / 4, "calls ran on without their client"
+
+
+@EVERY_MODEL
+def test_client_who_leaves_the_queue_is_noticed_there(server: Served, model: str) -> None:
+    num_rows, body = server.config.scheduler.max_num_seqs, {"text_input": CODE, "end_id": -1}
+    running = {**body, "max_tokens": 3500, "stream": True}
+    with contextlib.ExitStack() as rows, ThreadPoolExecutor(num_rows) as pool:
+        post = partial(http_post, server, "specserve", "generate_stream", running)
+        list(pool.map(lambda _: rows.enter_context(post()), range(num_rows)))
+        waiting = {**body, "max_tokens": 5}
+        with (
+            grpc_leaving(server, model, [waiting] * 3),
+            http_post(server, model, "generate_stream", {**waiting, "stream": True}),
+        ):
+            wait_until(lambda: requests_of(server) == (num_rows, 4), "four requests wait")
+        wait_until(lambda: requests_of(server) == (num_rows, 0), "they wait no more")
+    wait_until_idle(server)
+
+
+def requests_of(server: Served) -> tuple[float, float]:
+    """Return how many requests run and how many wait."""
+    metrics = server.metrics()
+    return metrics["specserve_requests_running"], metrics["specserve_requests_waiting"]
 
 
 @EVERY_MODEL
