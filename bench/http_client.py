@@ -11,9 +11,6 @@ import aiohttp
 from bench.answer import Answer
 
 EVENT = b"data:"
-ENVELOPE = {
-    "model_name", "model_version", "sequence_id", "sequence_start", "sequence_end", "cancel_key",
-}  # fmt: skip
 
 
 class HttpClient:
@@ -52,9 +49,6 @@ def _take(answer: Answer, event: dict[str, Any]) -> None:
     if "error" in event:
         answer.error = event["error"]
         return
-    text = event.pop("text_output", "")
-    if not text and event.keys() <= ENVELOPE:  # the server asks whether we are there
-        return
     answer.response_s.append(time.perf_counter())
-    answer.text += text
+    answer.text += event.pop("text_output", "")
     answer.tensors |= event

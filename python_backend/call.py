@@ -18,7 +18,6 @@ from specserve.sampling_params import MAX_SEED, SamplingParams
 from specserve.text import encode
 
 NO_END = -1  # an end_id that no token has
-HTTP_HEADER = "host"  # the launcher has Triton forward it; gRPC has none of this name
 DRAFT_SOURCES = ("auto", "model", "ngram", "none")
 _REFUSALS = {spec.name: spec.refuse for spec in INPUTS if spec.refuse}
 
@@ -30,7 +29,6 @@ class Call:
     Attributes:
         prefix: what the text starts with: the prompt, unless it is excluded.
         is_watched: the call came through an ensemble, which ends with the `watcher` step.
-        is_http: the client speaks HTTP.
     """
 
     request: Request
@@ -44,7 +42,6 @@ class Call:
     return_finish_reason: bool
     return_token_ids: bool
     is_watched: bool
-    is_http: bool
 
 
 class CallParser:
@@ -117,7 +114,6 @@ class CallParser:
             return_finish_reason=read.flag("return_finish_reason", False),
             return_token_ids=read.flag("return_token_ids", False),
             is_watched="watched" in tensors,
-            is_http=any(name.lower() == HTTP_HEADER for name in others),
         )
 
     def _prompt(self, read: Reader) -> tuple[str, list[int]]:

@@ -19,8 +19,7 @@ from specserve.scheduler import StepOutput
 from specserve.text import TextStream
 from specserve.trace import StepTrace
 
-HTTP_PROBE_S = 0.5  # of silence; the client sees it, so seldom
-WATCHER_PROBE_S = 0.1
+PROBE_S = 0.2  # of silence
 
 
 class Reply:
@@ -83,25 +82,16 @@ class Reply:
         return self.is_done
 
     def probe_due_s(self) -> float:
-        """Return when to `probe`, by `time.monotonic()`; infinity if that would tell nothing.
-
-        Triton notices that an HTTP client has gone when it writes to it. It tells us, unless we run
-        in an ensemble: only the `watcher` that a response starts is told there.
-        """
-        if self.call.is_http:
-            return self._sent_s + HTTP_PROBE_S if self.call.stream else math.inf
-        return self._sent_s + WATCHER_PROBE_S if self.call.is_watched else math.inf
+        """Return when to `probe`, by `time.monotonic()`; infinity if Triton tells us anyway."""
+        return self._sent_s + PROBE_S if self.call.is_watched else math.inf
 
     def probe(self) -> None:
-        """Break a silence to find out whether the client has gone.
+        """Start the `watcher` of an ensemble, which is told whether the client has gone.
 
-        An HTTP stream gets an empty text; otherwise nothing leaves the ensemble.
+        A response without text ends there: the client sees nothing of it.
         """
-        tensors = _always("", self.cancel_key)
-        if not self.call.is_http:
-            del tensors["text_output"]
         self._sent_s = time.monotonic()
-        self._sender.send(_response(tensors))
+        self._sender.send(_response({"cancel_key": _long(self.cancel_key)}))
 
     def fail(self, message: str, code: int) -> None:
         """End with an error."""

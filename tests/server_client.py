@@ -162,8 +162,10 @@ def grpc_leaving(server: Served, model: str, requests: Sequence[Tensors]) -> Ite
         client.start_stream(lambda result, error: None)
         for tensors in requests:
             client.async_stream_infer(model, _inputs(tensors))
-        yield
-        client.stop_stream(cancel_requests=True)
+        try:
+            yield
+        finally:
+            client.stop_stream(cancel_requests=True)
 
 
 def grpc_raw(server: Served, model: str, tensors: Tensors) -> Answer:

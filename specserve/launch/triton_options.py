@@ -55,7 +55,6 @@ class TritonOptions:
             "metrics-port": self.metrics_port,
             "allow-gpu-metrics": str(any(path.exists() for path in NVIDIA_DRIVER)).lower(),
             "exit-timeout-secs": math.ceil(self.exit_timeout_s + EXIT_GRACE_S),
-            "http-header-forward-pattern": "(?i)^host$",  # tells the models who speaks HTTP
             "log-verbose": int(self.log_verbose),
             "model-control-mode": "explicit",  # for the `keeper` model, which loads lost ones again
             "load-model": "*",
