@@ -782,26 +782,6 @@ def test_wrong_tensor_is_refused_by_name(
 
 
 @EVERY_MODEL
-@pytest.mark.parametrize(
-    "tensors",
-    [
-        {"max_tokens": 0},
-        {"text_input": ""},
-        {"temperature": math.nan},
-        {"beam_width": 2},
-        {"text_input": np.array([[b"\xff"]], object)},
-    ],
-    ids=case_id,
-)
-def test_grpc_status_of_a_bad_request_is_invalid_argument(
-    server: Served, model: str, tensors: dict[str, Any]
-) -> None:
-    """Of the models' own refusals: for what Triton refuses itself, 2.51 gives the text only."""
-    code = grpc_status(server, model, base(tensors))
-    assert code is grpc.StatusCode.INVALID_ARGUMENT
-
-
-@EVERY_MODEL
 @pytest.mark.parametrize("typo", TYPOS)
 def test_misspelt_http_key_names_the_right_one(server: Served, model: str, typo: str) -> None:
     name, value = TYPOS[typo]
@@ -967,6 +947,26 @@ def test_request_that_can_never_fit_is_refused(small_server: Served, model: str)
     check_message(answer["error"], ("257 tokens", "never fit", "256", "shorten"))
     fits = generate(small_server, model, text_input="x", max_tokens=255, end_id=-1)
     assert fits[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("model", "tensors"),
+    [
+        ("ensemble", {"text_input": np.array([[b"\xff"]], object)}),
+        ("tensorrt_llm_bls", {"beam_width": 2}),
+        ("specserve", {"max_tokens": 0}),
+    ],
+)
+def test_grpc_status_of_a_bad_request_is_invalid_argument(
+    small_server: Served, model: str, tensors: dict[str, Any]
+) -> None:
+    """Of the models' own refusals: for what Triton refuses itself, 2.51 gives the text only.
+
+    Few cases, on a server that nothing needs afterwards: to ask for the status makes 2.51 cancel
+    the stream, and one such call in some hundred ends it with a segmentation fault.
+    """
+    code = grpc_status(small_server, model, base(tensors))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
