@@ -3,16 +3,16 @@
 Its KV cache holds token ids and positions, written and read through block tables as paged attention
 does it, and its logits are a hash of the whole context read back. So every mistake in block tables,
 catch-up or rollback either trips an assertion here or changes the output. What the output must be
-is said by `plain_decode`, one token at a time, in plain Python and from the definitions.
+is said by `plain_decode`, one token at a time and from the definitions.
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.reference import reference_logits, reference_probs
 from specserve.engines.paged_model import FlatBatch
 from specserve.sampling import Noise
 from specserve.sampling_params import SamplingParams
@@ -147,50 +147,13 @@ def plain_decode(
     for i in range(max_tokens):
         logits = reference_logits(model.logits(token_ids), params, token_ids, len(prompt))
         if params.is_greedy:
-            token_ids.append(max(range(len(logits)), key=logits.__getitem__))
+            token_ids.append(int(logits.argmax()))
         else:
             times = noise.rows(params.seed, i, i + 1)[0].tolist()
-            token_ids.append(_first(reference_probs(logits, params), times))
+            token_ids.append(_first(reference_probs(logits, params).tolist(), times))
         if token_ids[-1] == params.end_id:
             break
     return token_ids[len(prompt) :]
-
-
-def reference_logits(
-    logits: Sequence[float], params: SamplingParams, token_ids: Sequence[int], num_prompt: int
-) -> list[float]:
-    """Apply what comes before the temperature to the logits after `token_ids`."""
-    logits = [float(x) for x in logits]
-    prompt, output = token_ids[:num_prompt], token_ids[num_prompt:]
-    for token_id, bias in params.logit_bias:
-        logits[token_id] += bias
-    if params.end_id is not None and len(output) < params.min_tokens:
-        logits[params.end_id] = -math.inf
-    for *head, last in params.bad_words:
-        if list(token_ids[len(token_ids) - len(head) :]) == head or not head:
-            logits[last] = -math.inf
-    for token_id in {*prompt, *output}:
-        penalty = params.repetition_penalty
-        logits[token_id] *= penalty if logits[token_id] < 0 else 1 / penalty
-    for token_id, count in Counter(output).items():
-        logits[token_id] -= params.presence_penalty + params.frequency_penalty * count
-    return logits
-
-
-def reference_probs(logits: Sequence[float], params: SamplingParams) -> list[float]:
-    """Return the distribution after temperature, min-p, top-k and top-p."""
-    best = max(logits)
-    weights = [math.exp((x - best) / params.temperature) for x in logits]
-    order = sorted(range(len(weights)), key=lambda i: -weights[i])
-    kept = [i for i in order if weights[i] >= params.min_p * weights[order[0]]]
-    kept = kept[: params.top_k or None]
-    total, mass, nucleus = sum(weights[i] for i in kept), 0.0, []
-    for i in kept:
-        if mass >= params.top_p * total:
-            break
-        nucleus.append(i)
-        mass += weights[i]
-    return [weights[i] / mass if i in nucleus else 0.0 for i in range(len(weights))]
 
 
 def _first(probs: Sequence[float], times: Sequence[float]) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +22,13 @@ import pytest
 from conftest import FakeClock, all_policies, drive, drive_fast, make_core, make_request
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paged_lm import FlakyLM, PagedLM, plain_decode, reference_logits, reference_probs
-from scipy import stats
+from paged_lm import FlakyLM, PagedLM, plain_decode
 
-from specserve.batch import Batch, Draft, DraftPlan, Row, StepRecord, Verified
+from bench.chi_square import chi_square
+from bench.reference import reference_logits, reference_probs
+from bench.textbook import SampledDraftEngine, TextbookSampler, TokenReader, VerifyAll
 from specserve.config import PolicyConfig
 from specserve.engines.model_target import ModelTargetEngine
-from specserve.policies import Unexplained
 from specserve.request import SLO, Request
 from specserve.sampling_params import SamplingParams
 
@@ -216,26 +216,6 @@ def test_a_draft_that_always_agrees_still_does_after_a_pause() -> None:
 # -- by distribution ---------------------------------------------------------------------------
 
 
-def chi_square(counts: Mapping[tuple[int, ...], int], probs: Mapping[Any, float]) -> float:
-    """Return the probability of counts at least as far from expectation as these, by chance.
-
-    Outcomes expected fewer than 5 times are counted as one. An impossible outcome gives 0.
-    """
-    if any(probs.get(outcome, 0.0) == 0.0 for outcome in counts):
-        return 0.0
-    total = sum(counts.values())
-    common = [outcome for outcome, prob in probs.items() if prob * total >= 5]
-    observed = [counts.get(outcome, 0) for outcome in common]
-    expected = [probs[outcome] * total for outcome in common]
-    rest = total - sum(expected)
-    if rest > 1e-6 * total:
-        observed.append(total - sum(observed))
-        expected.append(rest)
-    if len(observed) == 1:
-        return 1.0
-    return float(stats.chisquare(observed, expected).pvalue)
-
-
 def enumerate_outputs(
     model: PagedLM, prompt: Sequence[int], length: int, params: SamplingParams
 ) -> dict[tuple[int, ...], float]:
@@ -302,75 +282,23 @@ def test_the_check_sees_that_requests_share_their_randomness(
 TWO_TOKENS = np.array([0.7, 0.3])
 
 
-class SampledDraft:
-    """Draws each draft token from {0: .7, 1: .3}; its confidence is that token's probability."""
+class TwoTokenLM(PagedLM):
+    """The target of the example: {0: .7, 1: .3} after any context."""
 
     def __init__(self) -> None:
-        self._random = np.random.default_rng(1)
+        super().__init__(vocab_size=2)
 
-    def draft(self, batch: Batch) -> list[Draft]:
-        """Propose up to each row's cap."""
-        return [self._draw(row.max_draft_tokens) for row in batch.rows]
-
-    def release(self, keys: Sequence[int]) -> None:
-        """Nothing is kept."""
-
-    def _draw(self, length: int) -> Draft:
-        token_ids = self._random.choice(2, size=length, p=TWO_TOKENS).tolist()
-        return Draft(token_ids, [float(TWO_TOKENS[t]) for t in token_ids])
+    def _logits(self, hashes: Any) -> Any:
+        return np.tile(np.log(TWO_TOKENS).astype(np.float32), (len(hashes), 1))
 
 
-class TextbookTarget:
-    """Rejection sampling as the papers print it, for a target that equals the sampled draft.
-
-    A draft token is accepted with min(1, target / draft) = 1, and a bonus token follows the last.
-    """
-
-    def __init__(self) -> None:
-        self._random = np.random.default_rng(2)
-
-    def verify(self, batch: Batch, chosen: Sequence[Sequence[int]]) -> list[Verified]:
-        """Accept everything, add one."""
-        return [
-            Verified([*draft, self._bonus()] if row.samples else [])
-            for row, draft in zip(batch.rows, chosen, strict=True)
-        ]
-
-    def release(self, keys: Sequence[int]) -> None:
-        """Nothing is kept."""
-
-    def _bonus(self) -> int:
-        return int(self._random.choice(2, p=TWO_TOKENS))
-
-
-class Threshold(Unexplained):
-    """Verify a draft up to the first token whose own confidence is not above a half."""
-
-    def plan(self, rows: Sequence[Row]) -> DraftPlan:
-        """Two tokens for everybody."""
-        return DraftPlan([2] * len(rows))
-
-    def select(self, batch: Batch, confidences: Sequence[Sequence[float]]) -> list[int]:
-        """Cut at the first unsure token."""
-        return [sum(1 for _ in itertools.takewhile(lambda c: c > 0.5, row)) for row in confidences]
-
-    def observe(self, record: StepRecord) -> None:
-        """Learn nothing."""
-
-    def release(self, keys: Sequence[int]) -> None:
-        """Nothing is kept."""
-
-
-class VerifyAll(Threshold):
-    """The same, without a selection."""
-
-    def select(self, batch: Batch, confidences: Sequence[Sequence[float]]) -> list[int]:
-        """Keep every token."""
-        return [len(row) for row in confidences]
-
-
-def outputs_of(policy: Threshold, target_engine: Any) -> Counter[tuple[int, ...]]:
-    core = make_core(policy_object=policy, draft_engine=SampledDraft(), target_engine=target_engine)
+def outputs_of(policy: VerifyAll, *, by_the_book: bool) -> Counter[tuple[int, ...]]:
+    draft = SampledDraftEngine(TwoTokenLM())
+    target = TwoTokenLM()
+    sampler = TextbookSampler(target, draft) if by_the_book else None
+    core = make_core(
+        policy_object=policy, draft_engine=draft, target_engine=ModelTargetEngine(target, sampler)
+    )
     requests = [make_request([1], 3, temperature=1.0, seed=i) for i in range(3000)]
     return Counter(map(tuple, drive_fast(core, requests)))
 
@@ -383,28 +311,18 @@ def three_tokens() -> dict[tuple[int, ...], float]:
 
 
 def test_textbook_verification_passes_the_check_while_selection_reads_no_token() -> None:
-    assert chi_square(outputs_of(VerifyAll(), TextbookTarget()), three_tokens()) > FALSE_ALARM
+    assert chi_square(outputs_of(VerifyAll(), by_the_book=True), three_tokens()) > FALSE_ALARM
 
 
 def test_selection_that_reads_sampled_tokens_fails_the_check() -> None:
-    counts = outputs_of(Threshold(), TextbookTarget())
+    counts = outputs_of(TokenReader(), by_the_book=True)
     assert chi_square(counts, three_tokens()) < 1e-50
     # The output's second token is the first with a draft. Kept or not, P(0) = .7 + .3 * .7.
     second = sum(n for output, n in counts.items() if output[1] == 0) / sum(counts.values())
     assert second == pytest.approx(0.91, abs=0.02)
 
 
-class TwoTokenLM(PagedLM):
-    """The target of the example: {0: .7, 1: .3} after any context."""
-
-    def __init__(self) -> None:
-        super().__init__(vocab_size=2)
-
-    def _logits(self, hashes: Any) -> Any:
-        return np.tile(np.log(TWO_TOKENS).astype(np.float32), (len(hashes), 1))
-
-
 def test_our_verification_passes_the_check_even_under_that_selection() -> None:
     """A draft token is kept iff the target draws it itself, so no selection can bias it."""
-    counts = outputs_of(Threshold(), ModelTargetEngine(TwoTokenLM()))
+    counts = outputs_of(TokenReader(), by_the_book=False)
     assert chi_square(counts, three_tokens()) > FALSE_ALARM

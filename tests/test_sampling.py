@@ -11,10 +11,10 @@ import pytest
 from conftest import ACCEPTANCE_TABLE
 from hypothesis import given
 from hypothesis import strategies as st
-from paged_lm import reference_logits, reference_probs
 from scipy.special import log_softmax, softmax
 from scipy.stats import chisquare, kstest
 
+from bench.reference import reference_logits, reference_probs
 from specserve import sampling
 from specserve.sampling import Noise
 from specserve.sampling_params import MAX_SEED, SamplingParams
