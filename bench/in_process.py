@@ -99,8 +99,12 @@ def on_engines(overrides: Sequence[str]) -> InProcess:
 def simulated(overrides: Sequence[str], profile_path: Path, recording: Path) -> InProcess:
     """Simulate a pair that takes the profile's times and accepts as recorded."""
     overrides = ["policy.draft_source=model", *overrides]  # there are no texts to look up
+    return on_profile(overrides, Profile.load(profile_path), recording)
+
+
+def on_profile(overrides: Sequence[str], profile: Profile, recording: Path) -> InProcess:
+    """Simulate a pair on a profile; the overrides must leave drafting to the draft model."""
     config = load_config(None, overrides)
-    profile = Profile.load(profile_path)
     truth = StepTimeModel(profile)
 
     def device_for(seed: int) -> Device:

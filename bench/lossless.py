@@ -13,12 +13,12 @@ counts, doubled:
 * The likeliest token comes as often as its probability says: chi-square over five strata of that
   probability. A biased selection shows here first.
 
-Sample: 96 requests of 32 tokens in a case: 3072 tokens, 1536 pairs. A case is rejected below 0.001
-over the number of cases (Bonferroni), so that a correct server fails the whole table once in a
-thousand sets of seeds; the seeds are fixed, so a result repeats on the same machine. At a border of
-top-p, top-k or min-p, rounding could make a token look impossible: its probability and the border
-would have to agree to some 1e-6, less than once in ten thousand such cases. Greedy texts must equal
-plain decoding token for token.
+Sample: 96 requests of 32 tokens in a case, 3072 tokens; twice as many in a control. A case is
+rejected below 0.001 over the number of cases (Bonferroni), so that a correct server fails the whole
+table once in a thousand sets of seeds; the seeds are fixed, so a result repeats on the same
+machine. At a border of top-p, top-k or min-p, rounding could make a token look impossible: its
+probability and the border would have to agree to some 1e-6, less than once in ten thousand such
+cases. Greedy texts must equal plain decoding token for token.
 
 The check can fail: `control_p_values` holds what must be rejected. *token reader* is the paper's
 rule, verify a sampled draft while the drawn token's own probability is above a half, under
@@ -36,7 +36,7 @@ import argparse
 import sys
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,7 +89,7 @@ class Look(NamedTuple):
 
 def main() -> None:
     """Run all cases, print a table, then one JSON line."""
-    options = _parse()
+    options = parse()
     started = time.perf_counter()
     check = Check(options)
     rows, controls = check.sampled(), check.controls()
@@ -105,7 +105,7 @@ def main() -> None:
             "rejected_below": bar,
             "rejected": rejected,
             "greedy_mismatches": sum(mismatches.values()),
-            "greedy_texts": len(mismatches) * NUM_PROMPTS,
+            "greedy_texts": len(mismatches) * options.greedy_texts,
             "greedy_mismatches_by_case": {name: n for name, n in mismatches.items() if n},
             "draft_tokens": {name: row.served.draft_tokens for name, row in rows.items()},
             "wall_s": round(time.perf_counter() - started, 1),
@@ -117,16 +117,21 @@ def main() -> None:
     sys.exit(bool(rejected or missed or sum(mismatches.values())))
 
 
-def _parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the options, of the command line if None are given."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="four cases, one greedy")
-    parser.add_argument("--requests", type=int, help="of each case; else 96")
+    parser.add_argument(
+        "--requests", type=int, help="of each case, half as many as of a control; 96"
+    )
+    parser.add_argument("--greedy-texts", type=int, help="of each case; 64")
     parser.add_argument("--max-tokens", type=int, default=32, help="of each request")
     parser.add_argument("--threads", type=int, default=0, help="of each engine; 0 takes all cores")
     parser.add_argument("--profile", type=Path, default=ASSETS / "profile_cpu_0.4b.json")
     parser.add_argument("--output", type=Path, help="append the JSON line to this file")
-    options = parser.parse_args()
-    options.requests = options.requests or (24 if options.quick else 96)
+    options = parser.parse_args(arguments)
+    options.requests = options.requests or (32 if options.quick else 96)
+    options.greedy_texts = options.greedy_texts or (8 if options.quick else 64)
     return options
 
 
@@ -143,26 +148,32 @@ class Check:
         cases = list(sampled_cases(self._prompts))
         if self._options.quick:
             cases = [case for case in cases if case.name in QUICK]
-        rows = {case.name: self._judge(case) for case in track(cases, "sampled", transient=True)}
+        rows = {case.name: self.judge(case) for case in track(cases, "sampled", transient=True)}
         return rows | self._by_the_book()
 
     def controls(self) -> dict[str, Row]:
         """Return what must be rejected."""
-        draft, by_book = self._textbook()
-        read = self._pair.serve_with(self._requests(BY_BOOK), TokenReader(), draft, by_book)
-        cool = self._pair.serve(self._requests(COOL), COOL.arm)
+        cool = self._pair.serve(self._requests(COOL, 2 * self._options.requests), COOL.arm)
         return {
-            BY_BOOK.name: Row(self.p_value(read), read),
+            BY_BOOK.name: self.token_reader(),
             COOL.name: Row(self.p_value(cool, SamplingParams(temperature=0.8)), cool),
         }
+
+    def token_reader(self) -> Row:
+        """Return the control of the paper's rule."""
+        draft, by_book = self._textbook()
+        requests = self._requests(BY_BOOK, 2 * self._options.requests)
+        served = self._pair.serve_with(requests, TokenReader(), draft, by_book)
+        return Row(self.p_value(served), served)
 
     def greedy(self) -> dict[str, int]:
         """Return how many texts differ from plain decoding in each case."""
         cases = list(greedy_cases(self._prompts))[: 1 if self._options.quick else None]
-        plain = self._pair.serve(self._requests(cases[0], NUM_PROMPTS), PLAIN, num_rows=1)
+        num_texts = self._options.greedy_texts
+        plain = self._pair.serve(self._requests(cases[0], num_texts), PLAIN, num_rows=1)
         mismatches = {}
         for case in track(cases, "greedy", transient=True):
-            served = self._serve(case, NUM_PROMPTS)
+            served = self._serve(case, num_texts)
             pairs = zip(served.output_token_ids, plain.output_token_ids, strict=True)
             mismatches[case.name] = sum(text != expected for text, expected in pairs)
         return mismatches
@@ -191,11 +202,11 @@ class Check:
             best.append(probs.max())
         return Look(np.array(places), np.array(hits), np.array(best))
 
-    def _judge(self, case: Case) -> Row:
-        served = self._serve(case, self._options.requests)
+    def judge(self, case: Case) -> Row:
+        served = self._serve(case)
         return Row(self.p_value(served), served)
 
-    def _serve(self, case: Case, num_requests: int) -> Served:
+    def _serve(self, case: Case, num_requests: int = 0) -> Served:
         served = self._pair.serve(self._requests(case, num_requests), case.arm)
         if case.arm != PLAIN and not served.draft_tokens[2]:
             raise RuntimeError(f"{case.name}: no draft token was accepted, which proves nothing")

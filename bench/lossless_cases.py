@@ -80,6 +80,6 @@ def _parameters(prompts: Sequence[Sequence[int]]) -> dict[str, Params]:
         "all together": {
             "temperature": 0.9, "top_p": 0.95, "top_k": 200, "min_p": 0.005, "logit_bias": bias,
             "repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.1,
-            "bad_words": ((third,), pair),
+            "bad_words": ((third,), pair), "end_id": second, "min_tokens": 1000,
         },
     }  # fmt: skip

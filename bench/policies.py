@@ -7,7 +7,9 @@ step loop, prompts and clock; rounds interleave the policies in random order, so
 of the machine hits all alike. Policies keep what they learn from round to round; the first rounds
 only warm up (adaptive_verification takes 300 steps for that). `--engine simulated` replays a
 recorded acceptance process in virtual time instead. Benchmark pairs are the demo pair inflated to
-the cost of larger models: real acceptance at real cost, and the text of neither.
+the cost of larger models: real acceptance at real cost, and the text of neither. `--workload mixed`
+has code, prose and random tokens side by side, half of the requests sampled: there drafts of one
+row pay and those of its neighbour do not. It needs real engines: a recording knows greedy code.
 
 Example: python -m bench.policies --concurrency 1 2 4 8 16
          python -m bench.policies --engine simulated
@@ -30,7 +32,7 @@ from rich.table import Table
 
 from bench.gpu import describe_gpu
 from bench.precision import native_precision
-from bench.prompts import held_out_prompts
+from bench.prompts import Asked, held_out_prompts, mixed_workload
 from bench.record import ROOT, emit, made_of
 from specserve import engines
 from specserve.assemble import assemble
@@ -46,6 +48,7 @@ from specserve.predictor.profile import Profile
 from specserve.predictor.step_time import StepTimeModel
 from specserve.predictor.store import load_or_measure
 from specserve.request import Request
+from specserve.sampling_params import SamplingParams
 from specserve.telemetry import make_telemetry
 from specserve.telemetry.state import NoTelemetry, Telemetry
 from specserve.text import load_tokenizer
@@ -132,7 +135,7 @@ class Bench:
     info: EngineInfo
     profile: Profile
     engines_for: Callable[[int], tuple[DraftEngine, TargetEngine, Callable[[], float]]]
-    prompts: list[list[int]]
+    workload: list[Asked]
     telemetry: Telemetry = field(default_factory=NoTelemetry)
 
     def policy(self, arm: str) -> tuple[Policy, Pacer | None]:
@@ -156,10 +159,12 @@ class Bench:
         )  # fmt: skip
         core.use(policy, pacer)
         rng = random.Random(seed)
-        prompts = rng.sample(self.prompts, min(len(self.prompts), options.requests * concurrency))
+        count = min(len(self.workload), options.requests * concurrency)
         started = clock()
-        for key, prompt in enumerate(prompts, 1):  # the same keys: simulated texts go by them
-            core.scheduler.submit(Request(prompt, options.max_tokens, key=key), started)
+        asked = rng.sample(self.workload, count)
+        for key, (prompt, sampling) in enumerate(asked, 1):  # simulated texts go by the keys
+            request = Request(prompt, options.max_tokens, sampling, key=key)
+            core.scheduler.submit(request, started)
         return _full_decoding(core, concurrency, clock)
 
 
@@ -174,6 +179,7 @@ def main() -> None:
         {
             "bench": "policies",
             "engine": options.engine,
+            "workload": options.workload,
             "pair": None if options.engine == "simulated" else made_of(options.engines),
             "gpu": describe_gpu(bench.telemetry),
             "tokens_per_s": {
@@ -204,6 +210,7 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--engine", choices=["openvino", "torch", "simulated"], default="openvino")
+    parser.add_argument("--workload", choices=["code", "mixed"], default="code")
     parser.add_argument("--device", default="cpu", help="of the torch engine")
     parser.add_argument("--compile", action="store_true", help="torch on a GPU")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16])
@@ -218,6 +225,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--recording", type=Path, default=ASSETS / "acceptance_demo.npz")
     parser.add_argument("--output", type=Path, help="append the JSON line to this file")
     options = parser.parse_args()
+    if options.engine == "simulated" and options.workload == "mixed":
+        parser.error("--workload mixed needs real engines: a recording knows greedy code only")
     options.overrides = [f"engine.dir={options.engines}", f"engine.precision={options.precision}"]
     if options.engine == "torch":
         options.overrides += [
@@ -252,11 +261,14 @@ def _real(options: argparse.Namespace) -> Bench:
     )
     tokenizer = load_tokenizer(Path(config.engine.dir) / "target")
     wanted = max(64, max(options.concurrency) * options.requests)
-    prompts = held_out_prompts(
-        tokenizer, wanted, PROMPT_TOKENS, per_file=-(-wanted // FILES_WITH_TESTS)
-    )
+    per_file = -(-wanted // FILES_WITH_TESTS)
+    if options.workload == "mixed":
+        workload = mixed_workload(tokenizer, wanted, PROMPT_TOKENS, per_file=per_file)
+    else:
+        prompts = held_out_prompts(tokenizer, wanted, PROMPT_TOKENS, per_file=per_file)
+        workload = [Asked(prompt, SamplingParams()) for prompt in prompts]
     pair = (draft, target, time.perf_counter)
-    return Bench(config, info, profile, lambda _: pair, prompts, telemetry)
+    return Bench(config, info, profile, lambda _: pair, workload, telemetry)
 
 
 def _simulated(options: argparse.Namespace) -> Bench:
@@ -269,8 +281,8 @@ def _simulated(options: argparse.Namespace) -> Bench:
         pair = SimulatedPair(StepTimeModel(profile), clock, process)
         return pair, pair, clock
 
-    prompts = [[1] * PROMPT_TOKENS for _ in range(512)]
-    return Bench(load_config(None), info, profile, engines_for, prompts)
+    workload = [Asked([1] * PROMPT_TOKENS, SamplingParams())] * 512
+    return Bench(load_config(None), info, profile, engines_for, workload)
 
 
 def _column(bench: Bench, concurrency: int, options: argparse.Namespace) -> dict[str, Cell]:

@@ -1,11 +1,52 @@
-"""Prompts for benchmarks: Python's own test files, which the demo pair was not trained on."""
+"""Prompts for benchmarks: Python's own test files, which the demo pair was not trained on.
+
+A mixed workload adds English prose, the descriptions of installed packages, and random tokens.
+"""
 
 import random
 import sysconfig
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenizers import Tokenizer
+
+from specserve.sampling_params import SamplingParams
+
+PROSE = ("fastapi", "jinja2", "rich", "typer", "uvicorn")  # packages that describe themselves
+SAMPLED = 0.8  # temperature of every other request of a mixed workload
+
+
+class Asked(NamedTuple):
+    """What a request of a workload brings."""
+
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+
+
+def mixed_workload(
+    tokenizer: Tokenizer, num_requests: int, num_tokens: int, *, per_file: int = 1
+) -> list[Asked]:
+    """Take code, prose and random tokens in turn; of each, every other request is sampled."""
+    rng = random.Random(1)
+    prose = [token_id for name in PROSE for token_id in tokenizer.encode(_description(name)).ids]
+    code = held_out_prompts(tokenizer, -(-num_requests // 3), num_tokens, per_file=per_file)
+    asked = []
+    for i in range(num_requests):
+        if i % 3 == 0:
+            prompt = code[i // 3]
+        elif i % 3 == 1:
+            start = rng.randrange(len(prose) - num_tokens)
+            prompt = prose[start : start + num_tokens]
+        else:
+            prompt = rng.choices(range(tokenizer.get_vocab_size()), k=num_tokens)
+        asked.append(Asked(prompt, SamplingParams(temperature=SAMPLED * (i % 2), seed=i)))
+    return asked
+
+
+def _description(package: str) -> str:
+    return str(metadata.metadata(package).get_payload())
 
 
 def held_out_prompts(

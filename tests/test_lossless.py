@@ -14,7 +14,8 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_lm import FlakyLM, PagedLM, plain_decode
 
-from bench.chi_square import chi_square
+from bench import lossless
+from bench.chi_square import (
+    chi_square,
+    independent_uniforms,
+    likeliest_as_often_as_claimed,
+    transform,
+)
+from bench.lossless_cases import Case, sampled_cases
 from bench.reference import reference_logits, reference_probs
 from bench.textbook import SampledDraftEngine, TextbookSampler, TokenReader, VerifyAll
 from specserve.config import PolicyConfig
 from specserve.engines.model_target import ModelTargetEngine
+from specserve.policies import POLICIES
 from specserve.request import SLO, Request
 from specserve.sampling_params import SamplingParams
 
@@ -326,3 +335,63 @@ def test_our_verification_passes_the_check_even_under_that_selection() -> None:
     """A draft token is kept iff the target draws it itself, so no selection can bias it."""
     counts = outputs_of(TokenReader(), by_the_book=False)
     assert chi_square(counts, three_tokens()) > FALSE_ALARM
+
+
+# -- the same on the demo pair: what `bench.lossless` measures at full size --------------------
+
+
+@pytest.fixture(scope="module")
+def check(demo_engines: Path) -> lossless.Check:
+    options = lossless.parse(["--quick", "--threads", "1"])
+    return lossless.Check(options)
+
+
+@pytest.mark.openvino
+def test_the_papers_rule_is_rejected_on_the_demo_pair(check: lossless.Check) -> None:
+    assert check.token_reader().p_value < FALSE_ALARM
+
+
+@pytest.mark.openvino
+def test_a_sampled_case_passes_on_the_demo_pair(check: lossless.Check) -> None:
+    row = check.judge(Case("", "specserve", "auto", [{"temperature": 0.7, "top_p": 0.9}]))
+    _, verified, accepted = row.served.draft_tokens
+    assert 0 < accepted < verified
+    assert row.p_value > FALSE_ALARM
+
+
+def test_the_cases_cover_every_policy_source_and_parameter() -> None:
+    cases = list(sampled_cases([[1, 2, 3, 4, 5, 6, 7, 8, 1, 2]]))
+    assert len({case.name for case in cases}) == len(cases) >= 30
+    assert {case.arm for case in cases} >= {*POLICIES, "fixed_4"} - {"fixed"}
+    assert {case.source for case in cases} == {"model", "ngram", "auto"}
+    asked = {name for case in cases for params in case.params for name in params}
+    assert asked == {f.name for f in fields(SamplingParams)} - {
+        "seed", "end_id", "min_tokens", "return_log_probs",
+    }  # fmt: skip
+
+
+def test_places_of_drawn_tokens_are_uniform_and_of_favoured_ones_are_not() -> None:
+    random = np.random.default_rng(0)
+    probs = random.dirichlet(np.ones(9), 4000)
+    fair = [int(random.choice(9, p=row)) for row in probs]
+    favoured = [
+        int(row.argmax()) if random.random() < 0.1 else t
+        for row, t in zip(probs, fair, strict=True)
+    ]
+    for token_ids, low, high in ((fair, FALSE_ALARM, 1.0), (favoured, 0.0, FALSE_ALARM)):
+        pairs = zip(probs, token_ids, strict=True)
+        places = np.array([transform(row, t, random.random()) for row, t in pairs])
+        assert low <= independent_uniforms([places]) <= high
+        hits = probs.argmax(axis=1) == np.array(token_ids)
+        assert low <= likeliest_as_often_as_claimed(hits, probs.max(axis=1)) <= high
+
+
+def test_values_that_repeat_are_not_independent() -> None:
+    values = np.random.default_rng(0).random(2000)
+    assert independent_uniforms([values]) > FALSE_ALARM
+    assert independent_uniforms([np.repeat(values, 2)]) < 1e-50
+
+
+def test_an_impossible_token_fails_the_check() -> None:
+    place = transform(np.array([0.5, 0.5, 0.0]), 2, 0.5)
+    assert independent_uniforms([np.append(np.random.default_rng(0).random(999), place)]) == 0.0

@@ -75,7 +75,7 @@ def predicted_against_measured(results: Results) -> Figure | None:
         return None
     figure, panels = style.grid(1, max(2, len(traces)), height=3.6)
     for axes, trace in zip(panels, traces, strict=False):
-        _scatter(axes, _samples(results, trace))
+        scatter(axes, _samples(results, trace))
         axes.set_title(trace)
     for axes in panels[len(traces) :]:
         axes.set_visible(False)
@@ -84,12 +84,21 @@ def predicted_against_measured(results: Results) -> Figure | None:
 
 def prediction_error(results: Results, trace: str) -> Error | None:
     """Return how far our predictions were off, over all steps of a trace that were seen."""
-    samples = _samples(results, trace)
+    return error_of(_samples(results, trace))
+
+
+def error_of(steps: Sequence[StepSample]) -> Error | None:
+    """Return how far the predictions of some steps were off, or None if there are none."""
+    samples = [step for step in steps if _is_predicted(step)]
     if not samples:
         return None
     predicted, measured = _milliseconds(samples)
     error = np.abs(predicted - measured) / measured
     return Error(float(np.median(error)), float(np.percentile(error, 95)), len(samples))
+
+
+def _is_predicted(step: StepSample) -> bool:
+    return bool(step.predicted_s) and step.measured_s > 0.0
 
 
 def _samples(results: Results, trace: str) -> list[StepSample]:
@@ -99,7 +108,7 @@ def _samples(results: Results, trace: str) -> list[StepSample]:
         if place.trace == trace
         for cell in results.cells(place, OURS)
         for step in cell.steps
-        if step.predicted_s and step.measured_s > 0.0
+        if _is_predicted(step)
     ]
 
 
@@ -122,7 +131,8 @@ def _lengths(axes: Axes, cell: Cell) -> None:
     axes.set_ylabel("tokens per row")
 
 
-def _scatter(axes: Axes, samples: Sequence[StepSample]) -> None:
+def scatter(axes: Axes, samples: Sequence[StepSample]) -> None:
+    """Draw the predicted against the measured time of steps that were predicted."""
     predicted, measured = _milliseconds(samples[:: -(-len(samples) // MAX_POINTS)])
     axes.scatter(
         measured, predicted, s=7, color=style.BLUE, alpha=0.35, linewidths=0, rasterized=True

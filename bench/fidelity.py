@@ -1,0 +1,158 @@
+"""Do predictions come true: of a step's time, and of a simulated run's TTFT and TPOT?
+
+Method: one window of a trace is replayed by a server core on the real engines, and again, with the
+same profile, plan and policy, on the simulated engine, whose acceptance comes from a recording.
+Reported: simulated over real TTFT and TPOT (aim: within 10 %), and how far the controller's own
+predictions were off, over the real run's steps. `--figure` draws these steps, a panel for each
+rate. Everything drafts with the draft model, since a simulated text cannot be looked up.
+
+Example: python -m bench.fidelity --figure bench/results/step_time.png
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib import rc_context
+from rich.console import Console
+from rich.table import Table
+
+from bench.arms import PLAIN, arm_overrides
+from bench.bench_options import ASSETS
+from bench.core_replay import WallClock
+from bench.in_process import Device, InProcess, on_profile
+from bench.outcome import Run
+from bench.record import ROOT, emit
+from bench.report import style
+from bench.report.results import OURS
+from bench.report.steps import error_of, scatter
+from bench.statistics import summarise
+from bench.workloads.catalogue import find_trace
+from bench.workloads.plan import Lengths, Plan, Planner
+from bench.workloads.prompts import standard_library
+from specserve import engines
+from specserve.config import load_config
+from specserve.predictor.measure import measure
+from specserve.predictor.store import load_or_measure
+from specserve.text import load_tokenizer
+
+LENGTH_SCALE, PROMPT_SCALE = 0.5, 0.0625  # of the trace's, as `specserve bench` has them
+AIM = 0.1
+
+
+class Pair(NamedTuple):
+    """What replays on the engines, and what replays in virtual time."""
+
+    real: InProcess
+    simulated: InProcess
+
+
+def main() -> None:
+    """Replay, print a table, draw, then print one JSON line."""
+    options = _parse()
+    overrides = [
+        f"engine.dir={options.engines}", f"engine.precision={options.precision}",
+        "policy.draft_source=model", f"scheduler.max_num_seqs={options.max_num_seqs}",
+    ]  # fmt: skip
+    pair, planner = _pair(overrides, options.recording), _planner(overrides)
+    started = time.perf_counter()
+    runs: dict[float, Run] = {}
+    ratios: dict[str, dict[str, dict[str, float]]] = {}
+    for rate_rps in options.rate_rps:
+        plan = planner.window(rate_rps, options.window_s, seed=1)
+        warm_up = planner.window(rate_rps, options.warm_up_s, seed=2)
+        for arm in options.policy:
+            real = pair.real.run(arm_overrides(arm), warm_up, plan)
+            simulated = pair.simulated.run(arm_overrides(arm), warm_up, plan)
+            ratios.setdefault(arm, {})[f"{rate_rps:g}"] = _ratios(simulated, real, plan)
+            if arm == OURS:
+                runs[rate_rps] = real
+    errors = {f"{rate:g}": error_of(run.steps) for rate, run in runs.items()}
+    _print(ratios)
+    if options.figure:
+        _draw(runs, options.figure)
+    emit(
+        {
+            "bench": "fidelity",
+            "simulated_over_real": ratios,
+            "worst": max(
+                abs(ratio - 1.0) for by_rate in ratios.values() for r in by_rate.values()
+                for ratio in r.values()
+            ),
+            "step_time_error": {r: error and error._asdict() for r, error in errors.items()},
+            "wall_s": round(time.perf_counter() - started, 1),
+            "config": vars(options),
+        },
+        options.output,
+    )  # fmt: skip
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rate-rps", type=float, nargs="+", default=[0.5, 1.5])
+    parser.add_argument("--policy", nargs="+", default=[PLAIN, OURS])
+    parser.add_argument("--window-s", type=float, default=40.0)
+    parser.add_argument("--warm-up-s", type=float, default=10.0, help="before it, not counted")
+    parser.add_argument("--max-num-seqs", type=int, default=16)
+    parser.add_argument("--engines", default=str(ROOT / "build" / "bench_target"))
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--recording", type=Path, default=ASSETS / "acceptance_demo.npz")
+    parser.add_argument("--figure", type=Path, help="PNG of predicted against measured step time")
+    parser.add_argument("--output", type=Path, help="append the JSON line to this file")
+    return parser.parse_args()
+
+
+def _pair(overrides: Sequence[str], recording: Path) -> Pair:
+    config = load_config(None, overrides)
+    info = engines.describe(config)
+    draft, target = engines.make_draft_engine(config), engines.make_target_engine(config)
+    profile = load_or_measure(config, lambda marks: measure(draft, target, info, marks))
+    device = Device(draft, target, WallClock())
+    real = InProcess(overrides, info, profile, lambda _: device)
+    return Pair(real, on_profile(overrides, profile, recording))
+
+
+def _planner(overrides: Sequence[str]) -> Planner:
+    config = load_config(None, overrides)
+    tokenizer = load_tokenizer(Path(config.engine.dir) / "target")
+    lengths = Lengths(LENGTH_SCALE, PROMPT_SCALE, engines.describe(config).max_seq_len)
+    return Planner(find_trace("poisson", None), lengths, standard_library(tokenizer), "stdlib")
+
+
+def _ratios(simulated: Run, real: Run, plan: Plan) -> dict[str, float]:
+    """Return simulated over real latencies, means and medians."""
+    ours, theirs = (summarise(run.outcomes, plan.info.window_s) for run in (simulated, real))
+    return {
+        f"{name}_{kind}": getattr(getattr(ours, f"{name}_s"), kind)
+        / getattr(getattr(theirs, f"{name}_s"), kind)
+        for name in ("ttft", "tpot")
+        for kind in ("mean", "p50")
+    }
+
+
+def _print(ratios: dict[str, dict[str, dict[str, float]]]) -> None:
+    table = Table(title=f"Simulated over real; aim: within {AIM:.0%}")
+    for column in ("policy", "requests/s", "TTFT mean", "TTFT P50", "TPOT mean", "TPOT P50"):
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    for arm, by_rate in ratios.items():
+        for rate, values in by_rate.items():
+            table.add_row(arm, rate, *(f"{value:.2f}" for value in values.values()))
+    Console(width=100).print(table)
+
+
+def _draw(runs: dict[float, Run], path: Path) -> None:
+    with rc_context(style.RC):
+        figure, panels = style.grid(1, max(2, len(runs)), height=3.4)
+        for axes, (rate_rps, run) in zip(panels, runs.items(), strict=False):
+            scatter(axes, [step for step in run.steps if step.predicted_s])
+            axes.set_title(f"{rate_rps:g} requests per second")
+        for axes in panels[len(runs) :]:
+            axes.set_visible(False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()

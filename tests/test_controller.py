@@ -1,0 +1,160 @@
+"""What the controller must do whatever the machine says: promises of the design."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import FakeClock, make_core, make_request, step_time
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specserve.assemble import assemble
+from specserve.batch import Batch, Row
+from specserve.config import PolicyConfig, SLOConfig, load_config
+from specserve.engines import EngineInfo
+from specserve.engines.simulated import RecordedAcceptance, SimulatedPair, VirtualClock
+from specserve.optimum import best_total
+from specserve.policies import make_policy
+from specserve.predictor.profile import Profile
+from specserve.predictor.step_time import StepTimeModel
+from specserve.request import SLO
+
+ASSETS = Path(__file__).parent / "assets"
+NUM_ROWS = 4
+
+
+def make_rows(count: int) -> list[Row]:
+    return [
+        Row(
+            key=key, num_computed_tokens=50, token_ids=[1], samples=True, block_table=[0],
+            max_draft_tokens=8, catch_up_token_ids=[1],
+        )
+        for key in range(count)
+    ]  # fmt: skip
+
+
+# -- a noisy profile ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def profile() -> Profile:
+    return Profile.load(ASSETS / "profile_cpu_0.4b.json")
+
+
+def token_rate(name: str, truth: Profile, believed: Profile) -> float:
+    """Return the tokens per second on a device of one profile, for a policy that has another."""
+    clock, limits = VirtualClock(), ["scheduler.max_num_seqs=4", "telemetry.source=none"]
+    process = RecordedAcceptance.load(ASSETS / "acceptance_demo.npz", seed=3)
+    pair = SimulatedPair(StepTimeModel(truth), clock, process)
+    core = assemble(
+        load_config(None, limits),
+        info=EngineInfo(vocab_size=4096, max_seq_len=4096, num_blocks=512, block_size=32),
+        draft_engine=pair,
+        target_engine=pair,
+        policy=make_policy(PolicyConfig(name=name), StepTimeModel(believed)),
+        clock=clock,
+    )
+    for key in range(1, 6 * NUM_ROWS + 1):
+        core.scheduler.submit(make_request([1] * 16, 64, key=key))
+    while core.scheduler.has_work:
+        core.step()
+    return core.stats.num_output_tokens / clock()
+
+
+def disturbed(profile: Profile) -> Iterator[Profile]:
+    """Yield profiles 10 % off: by chance, and so that more tokens look dearer than they are."""
+    for seed in range(3):
+        noise = np.exp(np.random.default_rng(seed).normal(0.0, 0.1, len(profile.verify)))
+        yield scaled(profile, noise.tolist())
+    yield scaled(profile, [0.9 if s.num_tokens <= NUM_ROWS else 1.1 for s in profile.verify])
+
+
+def scaled(profile: Profile, factors: Sequence[float]) -> Profile:
+    pairs = zip(profile.verify, factors, strict=True)
+    return replace(profile, verify=tuple(s._replace(seconds=s.seconds * f) for s, f in pairs))
+
+
+def test_noise_of_a_tenth_in_the_profile_does_not_keep_speculation_off(profile: Profile) -> None:
+    """The paper's gate stayed shut where speculation paid 1.3 times."""
+    plain = token_rate("none", profile, profile)
+    right = token_rate("specserve", profile, profile)
+    assert right > 1.4 * plain
+    for noisy in disturbed(profile):
+        assert token_rate("specserve", profile, noisy) > 0.9 * right
+
+
+# -- what is verified --------------------------------------------------------------------------
+
+
+def test_the_least_likely_tokens_go_whichever_row_has_them() -> None:
+    """D2: of A = [.9, .5, .1] and B = [.6, .3, .12] two stay, 1.5 tokens, not .9 as released."""
+    policy = make_policy(PolicyConfig(), step_time(num_free_tokens=4, token_s=0.05))
+    for source in policy.acceptances.all:
+        source.judge.weights = np.eye(len(source.judge.weights))[1]  # confidence is acceptance
+    rows = make_rows(2)
+    policy.plan(rows)
+    assert policy.select(Batch(rows), [[0.9, 0.5 / 0.9, 0.2], [0.6, 0.5, 0.4]]) == [1, 1]
+
+
+@given(
+    st.lists(st.floats(0.0, 1.0), min_size=1, max_size=12),
+    st.lists(st.floats(0.001, 5.0), min_size=13, max_size=13),
+    st.floats(0.0, 3.0),
+    st.floats(0.0, 3.0),
+)
+def test_dearer_verification_never_verifies_more(
+    gains: list[float], steps: list[float], spent_s: float, more_s: float
+) -> None:
+    """On any staircase, with any time more for each token."""
+    gains, verify_s = sorted(gains, reverse=True), np.cumsum(steps)
+    cheap = best_total(gains, 2.0, verify_s.tolist(), spent_s)
+    dear = best_total(gains, 2.0, (verify_s + more_s * np.arange(13)).tolist(), spent_s)
+    assert dear.num_tokens <= cheap.num_tokens
+
+
+@given(st.lists(st.floats(0.001, 5.0), min_size=9, max_size=9), st.floats(0.0, 3.0))
+def test_what_is_never_accepted_is_never_verified(steps: list[float], spent_s: float) -> None:
+    assert best_total([0.0] * 8, 1.0, np.cumsum(steps).tolist(), spent_s).num_tokens == 0
+
+
+# -- on and off --------------------------------------------------------------------------------
+
+
+def begins(token_s: float, was_on: bool) -> bool:
+    """Say whether a batch drafts whose steps take `token_s` more for each token."""
+    policy = make_policy(PolicyConfig(), step_time(num_free_tokens=1, token_s=token_s))
+    policy._is_on, policy._num_steps_off = was_on, 0
+    plan = policy.plan(make_rows(2))
+    return bool(any(plan.max_draft_tokens))
+
+
+def test_the_mode_does_not_change_with_every_breath_of_the_prediction() -> None:
+    """D13: between the two borders whatever was on stays on, and whatever was off stays off."""
+    prices = np.geomspace(1e-3, 1e-1, 60).tolist()
+    last_on = {was_on: max(p for p in prices if begins(p, was_on)) for was_on in (True, False)}
+    assert last_on[True] > last_on[False]
+    between = np.sqrt(last_on[True] * last_on[False])
+    assert begins(between, True)
+    assert not begins(between, False)
+
+
+# -- nobody starves ----------------------------------------------------------------------------
+
+
+def test_best_effort_is_served_under_a_stream_of_deadlines() -> None:
+    """One row, and every second a request that has to be quick: as many as can be served."""
+    clock = FakeClock()
+    core = make_core("specserve", clock=clock, max_num_seqs=1)
+    patient = make_request([1, 2], 1)
+    core.scheduler.submit(make_request([3], 1, slo=SLO(ttft_s=2.0), arrival_s=clock.now))
+    core.scheduler.submit(patient)
+    while not patient.is_finished:
+        core.step()
+        clock.advance(1.0)
+        core.scheduler.submit(make_request([3], 1, slo=SLO(ttft_s=2.0), arrival_s=clock.now))
+        assert clock.now < 2.0 * SLOConfig().best_effort_ttft_s, "it would never be served"
+    assert clock.now > 0.5 * SLOConfig().best_effort_ttft_s, "nobody was ahead of it"
