@@ -45,13 +45,17 @@ class GrpcClient:
 
 
 async def stream(
-    client: triton.InferenceServerClient, model: str, tensors: Mapping[str, Any]
+    client: triton.InferenceServerClient,
+    model: str,
+    tensors: Mapping[str, Any],
+    request_id: str = "",
 ) -> Answer:
     """Send one request and read its stream to the end."""
 
     async def requests() -> AsyncIterator[dict[str, Any]]:
         yield {
             "model_name": model,
+            "request_id": request_id,
             "inputs": [_input(name, value) for name, value in tensors.items()],
             "enable_empty_final_response": True,
         }
@@ -60,7 +64,7 @@ async def stream(
     async for result, error in _responses(client, requests()):
         if error is not None:
             answer.error = str(error)
-            break
+            continue  # to the end: a stream that is left early is cancelled
         outputs = [output.name for output in result.get_response().outputs]
         if outputs:
             answer.response_s.append(time.perf_counter())

@@ -35,11 +35,7 @@ class Served:
 
     def metrics(self) -> dict[str, float]:
         """Read the `specserve_` metrics, by name and labels as they are printed."""
-        url = f"http://127.0.0.1:{self.metrics_port}/metrics"
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        text = opener.open(url, timeout=10).read().decode()
-        lines = [line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("specserve_")]
-        return {name: float(value) for name, value in lines}
+        return read_metrics(self.metrics_port)
 
 
 @contextlib.contextmanager
@@ -69,6 +65,18 @@ def serving(
             served = Served(http_port, grpc_port, metrics_port, process, config)
             yield served
             served.stop()
+
+
+def read_metrics(port: int) -> dict[str, float]:
+    """Read the `specserve_` metrics of a server on this machine.
+
+    Raises:
+        OSError: if it does not answer.
+    """
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    text = opener.open(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
+    lines = [line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("specserve_")]
+    return {name: float(value) for name, value in lines}
 
 
 def free_ports(count: int) -> list[int]:

@@ -39,6 +39,7 @@ class KeptModel:
         self._infer = Deadline(infer, timeout_s)
         self._num_failures = 0
         self._pid: int | None = None
+        self._had_process = False
         self._is_stopping = False
         self._wake = threading.Event()
         self._thread = threading.Thread(
@@ -96,6 +97,7 @@ class KeptModel:
 
     def _watch(self) -> None:
         wait_s = 1.0
+        self._is_alive()  # now, so that a process is missed which dies before the first look
         while not self._is_stopping:
             self._wake.wait(WATCH_S)
             self._wake.clear()
@@ -113,10 +115,10 @@ class KeptModel:
 
     def _is_alive(self) -> bool:
         """Say whether the model still has a process, if one was ever found."""
-        if self._pid is not None and sibling.runs(self._pid, self.name):
-            return True
-        had_one, self._pid = self._pid is not None, sibling.find(self.name)
-        return self._pid is not None or not had_one
+        if self._pid is None or not sibling.runs(self._pid, self.name):
+            self._pid = sibling.find(self.name)
+        self._had_process = self._had_process or self._pid is not None
+        return self._pid is not None or not self._had_process
 
     def _reload(self) -> None:
         answer = infer("keeper", {"model": np.array([self.name.encode()], dtype=object)})

@@ -1,0 +1,247 @@
+"""Does a server keep its word for half an hour of everything at once?
+
+Method: `specserve serve` with its OpenAI endpoint, the demo pair in f32. Clients come over gRPC,
+HTTP and the OpenAI endpoint, greedy and sampled with a seed, with objectives, classes and draft
+options; a third change their mind. Meanwhile processes are killed and stopped. Every text is
+compared with plain decoding in this process, the part that a client got who left too. Every
+process's own memory, threads and descriptors are read all the time; growth is the median of the
+last quarter less that of the second quarter, of processes that lived so long. The draft and target
+processes are broken too often for that: their growth counts for each process that lived two
+minutes.
+
+Ends with status 1 unless every request ended in one of the ways it should, nothing runs or is held
+at the end, nothing grew, and the server left no process and no shared memory.
+
+Example: python -m bench.soak --minutes 30 --output bench/results/soak.jsonl
+"""
+
+import argparse
+import asyncio
+import contextlib
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.crowd import MAX_TOKENS, Crowd, Tally, render
+from bench.fault_injection import FaultInjector
+from bench.holdings import SHARED_MEMORY, Holdings, holdings, shared_bytes
+from bench.prompts import held_out_prompts
+from bench.record import emit
+from bench.reference_texts import Reference, decode_plainly
+from bench.supervised import SERVER_ID, Supervised, supervised
+from specserve.config import load_config
+from specserve.launch.marked_processes import MarkedProcesses
+from specserve.openai.chat_template import load_chat_template
+from specserve.sampling_params import SamplingParams
+from specserve.text import load_tokenizer
+
+NUM_PROMPTS = 12
+PROMPT_TOKENS = (8, 24, 96)
+END_ID = 1  # of the demo pair
+# Exact in binary32, in which the server is told.
+TEMPERATURES = (0.0, 0.75, 1.0)
+SAMPLE_S = 5.0
+IDLE_S = 30.0
+LONG_S = 120.0
+LIMITS = Holdings(memory_mib=16.0, num_threads=4, num_descriptors=8)
+BAD_OUTCOMES = ("wrong", "broken", "hung")
+
+Samples = dict[tuple[str, int], list[tuple[float, Holdings]]]
+
+
+def main() -> int:
+    """Soak, print one JSON line last; return the exit status."""
+    options = _parse()
+    config = [f"engine.dir={options.engines}"] if options.engines else []
+    plain = load_config(None, [*config, "policy.name=none", "scheduler.kv_cache_tokens=16384"])
+    texts, chats = _references(plain)
+    overrides = [
+        *config, "scheduler.max_waiting_requests=12", "server.target_timeout_s=10",
+        "slo.shares={interactive = 4, batch = 1}",
+    ]  # fmt: skip
+    with supervised(overrides) as server:
+        ports = {
+            "http": server.http_port, "grpc": server.grpc_port, "openai": server.openai_port
+        }  # fmt: skip
+        crowd = Crowd(texts, chats, options.seed, ports)
+        injector = FaultInjector(server, options.seed)
+        samples: Samples = defaultdict(list)
+        started_s = time.monotonic()
+        asyncio.run(_soak(server, crowd, injector, samples, options))
+        seconds = time.monotonic() - started_s
+        left = _left_at_idle(server)
+        shared_mib = shared_bytes(server.server_id()) / 2**20
+        metrics, shown = server.metrics(), server.shown()
+        left |= _left_after(server)
+    growth = {name: _growth(name, lives, seconds) for name, lives in _by_name(samples).items()}
+    problems = find_problems(crowd.tally, injector.failures, left, growth)
+    emit(
+        {
+            "bench": "soak",
+            "passed": not problems,
+            "problems": problems,
+            "minutes": round(seconds / 60, 1),
+            "requests": crowd.tally.kinds.total(),
+            "outcomes": dict(crowd.tally.outcomes),
+            "kinds": dict(crowd.tally.kinds),
+            "errors": dict(crowd.tally.errors.most_common(40)),
+            "examples": crowd.tally.examples,
+            "faults": dict(injector.done),
+            "longest_repair_s": {name: round(s, 1) for name, s in injector.longest_s.items()},
+            "server_restarts": shown.count("Restart "),
+            "left": left,
+            "growth": {name: one._asdict() for name, one in growth.items() if one is not None},
+            **_series(samples),
+            "shared_mib": round(shared_mib, 1),
+            "draft_failures": metrics.get("specserve_draft_failures_total"),
+            "config": vars(options),
+        },
+        options.output,
+    )
+    return 1 if problems else 0
+
+
+def find_problems(
+    tally: Tally,
+    not_repaired: Sequence[str],
+    left: Mapping[str, float],
+    growth: Mapping[str, Holdings | None],
+) -> list[str]:
+    """Say what is not as it should be, nothing if all is well."""
+    problems = [f"{tally.outcomes[name]} {name}" for name in BAD_OUTCOMES if tally.outcomes[name]]
+    problems += not_repaired
+    problems += [f"{name} is {value:g} at the end" for name, value in left.items() if value]
+    for process, one in growth.items():
+        for name, value, limit in zip(Holdings._fields, one or (), LIMITS, strict=False):
+            if value > limit:
+                problems.append(f"{name} of {process} grew by {value:g}: the limit is {limit:g}")
+    if not tally.outcomes["finished"]:
+        problems.append("no request finished")
+    return problems
+
+
+async def _soak(
+    server: Supervised,
+    crowd: Crowd,
+    injector: FaultInjector,
+    samples: Samples,
+    options: argparse.Namespace,
+) -> None:
+    seconds = 60.0 * options.minutes
+    sampling = asyncio.create_task(_sample(server, samples))
+    faults = asyncio.create_task(injector.run(seconds, options.fault_pause_s))
+    await crowd.visit(options.clients, asyncio.get_running_loop().time() + seconds)
+    await faults
+    sampling.cancel()
+
+
+async def _sample(server: Supervised, samples: Samples) -> None:
+    while True:
+        with contextlib.suppress(OSError, IndexError):  # processes go while they are read
+            pids = await asyncio.to_thread(server.pids)
+            for name, pid in pids.items():
+                samples[name, pid].append((time.monotonic(), holdings(pid)))
+        await asyncio.sleep(SAMPLE_S)
+
+
+def _references(config: Any) -> tuple[list[Reference], list[Reference]]:
+    """Decode what any request may ask for: texts, and chats in the template of the endpoint."""
+    folder = Path(config.engine.dir) / "target"
+    tokenizer, template = load_tokenizer(folder), load_chat_template(folder)
+    prompts = [
+        tokenizer.decode(ids)
+        for index, length in enumerate(PROMPT_TOKENS)
+        for ids in held_out_prompts(tokenizer, NUM_PROMPTS // len(PROMPT_TOKENS), length, index)
+    ]
+    hows = [
+        SamplingParams(temperature=temperature, seed=seed, end_id=END_ID)
+        for seed, temperature in enumerate(TEMPERATURES)
+    ]
+    chats = [render(template, prompt) for prompt in prompts]
+    found = decode_plainly(
+        config, [(text, how) for text in [*prompts, *chats] for how in hows], MAX_TOKENS
+    )
+    return found[: len(found) // 2], found[len(found) // 2 :]
+
+
+def _left_at_idle(server: Supervised) -> dict[str, float]:
+    """Wait until the server is idle; return what runs, waits or is held, all 0 if it should."""
+    names = ("requests_running", "requests_waiting", "kv_blocks_used")
+    deadline = time.monotonic() + IDLE_S
+    while True:
+        metrics = server.metrics()
+        left = {name: metrics[f"specserve_{name}"] for name in names}
+        if not any(left.values()) or time.monotonic() > deadline:
+            return left
+        time.sleep(1.0)
+
+
+def _left_after(server: Supervised) -> dict[str, float]:
+    """Stop the server; return its exit status and what it left."""
+    mark = server.server_id()
+    status = server.stop()
+    return {
+        "exit_status": float(status),
+        "processes": float(len(MarkedProcesses(SERVER_ID, mark).pids())),
+        "shared_memory_regions": float(len(list(SHARED_MEMORY.glob(f"{mark}*")))),
+    }
+
+
+def _by_name(samples: Samples) -> dict[str, list[list[tuple[float, Holdings]]]]:
+    lives = defaultdict(list)
+    for (name, _), life in samples.items():
+        lives[name].append(life)
+    return lives
+
+
+def _growth(
+    name: str, lives: list[list[tuple[float, Holdings]]], seconds: float
+) -> Holdings | None:
+    """Return the most that any process of a name grew in a life that was long enough."""
+    enough_s = LONG_S if name in ("draft", "target") else seconds / 2
+    grown = [growth_of([one for _, one in life]) for life in lives if _length_s(life) >= enough_s]
+    if not grown:
+        return None
+    return Holdings(*(max(values) for values in zip(*grown, strict=True)))
+
+
+def growth_of(life: Sequence[Holdings]) -> Holdings:
+    """Return the median of the last quarter of a life less that of the second quarter."""
+    quarter = max(1, len(life) // 4)
+    before, after = life[quarter : 2 * quarter], life[-quarter:]
+    pairs = zip(zip(*before, strict=True), zip(*after, strict=True), strict=True)
+    return Holdings(*(round(statistics.median(b) - statistics.median(a), 1) for a, b in pairs))
+
+
+def _length_s(life: Sequence[tuple[float, Holdings]]) -> float:
+    return life[-1][0] - life[0][0]
+
+
+def _series(samples: Samples) -> dict[str, dict[str, list[float]]]:
+    """Return about ten values of each kind over the longest life of each name."""
+    found: dict[str, dict[str, list[float]]] = {field: {} for field in Holdings._fields}
+    for name, lives in _by_name(samples).items():
+        longest = max(lives, key=len)
+        for _, one in longest[:: max(1, len(longest) // 10)]:
+            for field, value in one._asdict().items():
+                found[field].setdefault(name, []).append(round(value, 1))
+    return found
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--clients", type=int, default=24)
+    parser.add_argument("--fault-pause-s", type=float, default=30.0, help="on average")
+    parser.add_argument("--engines", default="", help="folder of a pair; the demo pair if empty")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="append the JSON line to this file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
