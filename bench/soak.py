@@ -73,7 +73,7 @@ def main() -> int:
         started_s = time.monotonic()
         asyncio.run(_soak(server, crowd, injector, samples, options))
         seconds = time.monotonic() - started_s
-        left = _left_at_idle(server)
+        left = left_at_idle(server)
         shared_mib = shared_bytes(server.server_id()) / 2**20
         metrics, shown = server.metrics(), server.shown()
         left |= _left_after(server)
@@ -168,7 +168,7 @@ def _references(config: Any) -> tuple[list[Reference], list[Reference]]:
     return found[: len(found) // 2], found[len(found) // 2 :]
 
 
-def _left_at_idle(server: Supervised) -> dict[str, float]:
+def left_at_idle(server: Supervised) -> dict[str, float]:
     """Wait until the server is idle; return what runs, waits or is held, all 0 if it should."""
     names = ("requests_running", "requests_waiting", "kv_blocks_used")
     deadline = time.monotonic() + IDLE_S
