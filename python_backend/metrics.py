@@ -25,6 +25,8 @@ COUNTERS = {
     "specserve_verified_by_position_total": "Verified tokens by place in the draft, from 0",
     "specserve_accepted_by_position_total": "Accepted tokens by place in the draft, from 0",
     "specserve_draft_length_total": "Rows and steps by tokens drafted, of rows that sampled",
+    "specserve_acceptance_length_total": "Rows and steps by tokens gained, of rows with verified "
+    "drafts: accepted + the one extra token",
     "specserve_decisions_total": "Rows and steps by what decided the draft's length",
     "specserve_preemptions_total": "Requests put back to waiting because KV blocks ran out",
     "specserve_draft_failures_total": "Failed calls of the draft engine; its requests went on",
@@ -56,6 +58,12 @@ GAUGES = {
     "specserve_telemetry_stale": "1 if GPUs should be read and could not be of late",
 }
 
+HISTOGRAMS = {
+    "specserve_step_time_seconds": "Draft and verify calls of a step, measured",
+    "specserve_predicted_step_time_seconds": "The same as predicted, of steps that were",
+}
+BUCKETS_S = [0.001 * 2.0**n for n in range(13)]  # 1 ms to 4 s
+
 
 class Sample(NamedTuple):
     """One labelled value."""
@@ -84,10 +92,14 @@ class Metrics:
             for kind, table in (
                 (pb_utils.MetricFamily.COUNTER, COUNTERS),
                 (pb_utils.MetricFamily.GAUGE, GAUGES),
+                (pb_utils.MetricFamily.HISTOGRAM, HISTOGRAMS),
             )
             for name, text in table.items()
         }
         self._metrics: dict[Sample, Any] = {}
+        self._measured, self._predicted = (
+            self._families[name].Metric(labels={}, buckets=BUCKETS_S) for name in HISTOGRAMS
+        )
 
     def publish(self) -> None:
         """Send what has changed."""
@@ -99,6 +111,15 @@ class Metrics:
         for sample in samples:
             self._send(sample._replace(value=0.0), sample.value)
         self._clear_slack(samples)
+        self._observe_steps()
+
+    def _observe_steps(self) -> None:
+        step_times = self._core.stats.step_times
+        while step_times:  # the step loop only adds, so what is there stays until it is taken
+            predicted_s, measured_s = step_times.popleft()
+            self._measured.observe(measured_s)
+            if predicted_s is not None:
+                self._predicted.observe(predicted_s)
 
     def _send(self, key: Sample, value: float) -> None:
         last = self._last.get(key)
@@ -171,6 +192,8 @@ class Metrics:
             for (source, position), count in counts.copy().items():
                 yield Sample(name, count, (("source", source), ("position", str(position))))
         yield from _by("specserve_draft_length_total", "length", stats.draft_lengths)
+        lengths = stats.acceptance_lengths
+        yield from _by("specserve_acceptance_length_total", "length", lengths)
         yield from _by("specserve_decisions_total", "reason", stats.reasons)
 
     def _predictions(self) -> Iterable[Sample]:

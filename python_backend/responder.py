@@ -159,4 +159,5 @@ class Responder:
             reply.num_output_tokens,
             request.num_accepted_tokens,
             request.num_verified_tokens,
+            extra={"request_id": request.request_id[:MAX_ID]},
         )

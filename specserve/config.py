@@ -161,12 +161,15 @@ class ServerConfig:
         draft_timeout_s: a draft call that takes longer is given up, and the draft model's process
             is replaced; what drafts in that step is late by as much.
         target_timeout_s: the same for the target model; what is in flight fails then.
+        json_logs: our log lines are JSON, in the fields of OpenTelemetry's log data model; Triton's
+            own stay as they are.
     """
 
     exclude_input_in_output: bool = True
     draft_retry_s: float = 5.0
     draft_timeout_s: float = 5.0
     target_timeout_s: float = 60.0
+    json_logs: bool = False
 
 
 @dataclass(frozen=True, slots=True)

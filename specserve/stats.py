@@ -1,6 +1,6 @@
 """What a server core has done so far, and how its requests have fared: counts, seconds, reasons."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -9,6 +9,7 @@ from specserve.pacing import slack_s
 from specserve.request import FinishReason, Request
 
 MODEL, NGRAM = "model", "ngram"
+MAX_KEPT_STEPS = 4096
 
 
 @dataclass(slots=True)
@@ -21,7 +22,11 @@ class Stats:
         predicted_s: what the policy predicted for engine calls, and `measured_s`, what those took.
         draft_lengths: rows by tokens drafted, of rows that could draft.
         verified_at, accepted_at: tokens by (source, position in the draft, from 0).
+        acceptance_lengths: rows by tokens gained, of rows whose draft was verified: accepted and
+            the extra one.
         reasons: rows by what decided their draft length.
+        step_times: (predicted, measured) engine time of the steps nobody has taken out yet, None
+            for what was not predicted; the oldest go first.
     """
 
     num_steps: int = 0
@@ -36,9 +41,13 @@ class Stats:
     predicted_s: float = 0.0
     measured_s: float = 0.0
     draft_lengths: Counter[int] = field(default_factory=Counter)
+    acceptance_lengths: Counter[int] = field(default_factory=Counter)
     verified_at: Counter[tuple[str, int]] = field(default_factory=Counter)
     accepted_at: Counter[tuple[str, int]] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
+    step_times: deque[tuple[float | None, float]] = field(
+        default_factory=lambda: deque(maxlen=MAX_KEPT_STEPS)
+    )
 
     def add(self, record: StepRecord, decision: Decision, step_s: float) -> None:
         """Count one step."""
@@ -46,9 +55,11 @@ class Stats:
         self.step_s += step_s
         self.draft_s += record.draft_time_s
         self.verify_s += record.verify_time_s
+        engine_s = record.draft_time_s + record.verify_time_s
+        self.step_times.append((decision.predicted_s, engine_s))
         if decision.predicted_s is not None:
             self.predicted_s += decision.predicted_s
-            self.measured_s += record.draft_time_s + record.verify_time_s
+            self.measured_s += engine_s
         self.reasons.update(decision.reasons)
         self.num_base_tokens += record.batch.num_base_tokens
         for row, draft, choice, verified in zip(
@@ -64,6 +75,8 @@ class Stats:
         self.num_drafted_tokens += len(draft.token_ids)
         self.num_verified_tokens += num_verified
         self.num_accepted_tokens += num_accepted
+        if num_verified:
+            self.acceptance_lengths[num_accepted + 1] += 1
         source = MODEL if row.lookup is None else NGRAM
         for position in range(num_verified):
             self.verified_at[source, position] += 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
-from specserve import engines
+from specserve import engines, json_log
 from specserve.config import Config
 from specserve.openai.app import make_app
 from specserve.openai.chat_template import load_chat_template
@@ -52,8 +52,8 @@ def serve(config: Config, listen: Listen) -> None:
     template = load_chat_template(folder, options.chat_template)
     limit = min(config.scheduler.max_seq_len or info.max_seq_len, info.num_blocks * info.block_size)
 
-    line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(level=logging.INFO, format=line)
+    as_json = config.server.json_logs
+    json_log.configure("specserve.openai", as_json=as_json)
     logging.getLogger("uvicorn.access").addFilter(_is_worth_a_line)
 
     def app() -> FastAPI:  # made in the event loop, to which the gRPC channel belongs
@@ -77,6 +77,7 @@ def serve(config: Config, listen: Listen) -> None:
         ssl_keyfile=options.tls_key_file or None,
         timeout_graceful_shutdown=math.ceil(listen.drain_timeout_s),
         server_header=False,
+        **({"log_config": None} if as_json else {}),  # else uvicorn has lines of its own
     )
 
 

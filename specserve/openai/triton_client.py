@@ -85,7 +85,12 @@ class TritonClient:
                 else:
                     end = end or event
         except grpc.aio.AioRpcError as error:
-            logger.warning("request %s: no answer, gRPC %s", request.id, error.code().name)
+            logger.warning(
+                "request %s: no answer, gRPC %s",
+                request.id,
+                error.code().name,
+                extra={"request_id": request.id},
+            )
             end = unavailable()
         put(end)
 
@@ -103,12 +108,15 @@ class TritonClient:
 
 def _event(request_id: str, message: service_pb2.ModelStreamInferResponse) -> Piece | ApiError:
     if message.error_message:
-        logger.info("request %s: %s", request_id, message.error_message)
+        extra = {"request_id": request_id}
+        logger.info("request %s: %s", request_id, message.error_message, extra=extra)
         return from_server(message.error_message)
     try:
         return read_piece(message.infer_response)
     except Exception:
-        logger.exception("request %s: unreadable response", request_id)
+        logger.exception(
+            "request %s: unreadable response", request_id, extra={"request_id": request_id}
+        )
         return ApiError(500, "internal error", code="internal_error")
 
 
