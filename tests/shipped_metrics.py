@@ -33,6 +33,9 @@ def _names(node: Any, is_rate: bool) -> Iterator[str]:
     if isinstance(node, promql_parser.Call):
         is_rate = node.func.name == "rate"
     if isinstance(node, promql_parser.VectorSelector):
+        if is_rate and node.name.endswith("_bucket"):
+            yield node.name.removesuffix("_bucket")
+            return
         if is_rate != node.name.endswith("_total") and node.name != "specserve_kv_blocks_total":
             raise ValueError(f"{node.name}: counters go into rate(), and nothing else does")
         yield node.name

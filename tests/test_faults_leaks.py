@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +25,7 @@ from server_client import (
     wait_until_idle,
 )
 
+from bench.holdings import holdings, shared_bytes
 from bench.served import Served, serving
 from specserve.launch.installation import find_installation
 
@@ -50,8 +50,8 @@ BAD: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-class Holdings(NamedTuple):
-    """What the processes of a server hold on to."""
+class ServerHoldings(NamedTuple):
+    """What the processes of a server hold on to, together; memory of each."""
 
     num_threads: int
     num_descriptors: int
@@ -59,24 +59,17 @@ class Holdings(NamedTuple):
     memory_mib: dict[str, float]
 
 
-def holdings(served: Served) -> Holdings:
+def held_by(served: Served) -> ServerHoldings:
     """Count what the server and its models hold."""
     pids = served.process.model_pids()
     pids["tritonserver"] = min(served.process.pids())
-    folders = [Path("/proc", str(pid)) for pid in pids.values()]
-    return Holdings(
-        num_threads=sum(len(os.listdir(folder / "task")) for folder in folders),
-        num_descriptors=sum(len(os.listdir(folder / "fd")) for folder in folders),
-        shared_bytes=sum(region.stat().st_size for region in served.process.shared_memory()),
-        memory_mib={name: _anonymous_mib(pid) for name, pid in pids.items()},
+    found = {name: holdings(pid) for name, pid in pids.items()}
+    return ServerHoldings(
+        num_threads=sum(one.num_threads for one in found.values()),
+        num_descriptors=sum(one.num_descriptors for one in found.values()),
+        shared_bytes=shared_bytes(served.process.server_id),
+        memory_mib={name: one.memory_mib for name, one in found.items()},
     )
-
-
-def _anonymous_mib(pid: int) -> float:
-    status = Path(f"/proc/{pid}/status").read_text()
-    match = re.search(r"RssAnon:\s+(\d+) kB", status)
-    assert match, "no RssAnon in this kernel's status"
-    return int(match[1]) / 1024
 
 
 @pytest.fixture(scope="module")
@@ -149,12 +142,12 @@ def test_crowd_leaves_nothing_behind(server: Served, demo_engines: Path) -> None
     crowd = Crowd(server, seed=7)
     crowd.visit(NUM_WARM_UP)
     wait_until_idle(server)
-    before = holdings(server)
+    before = held_by(server)
     crowd.visit(NUM_REQUESTS)
     wait_until_idle(server)
-    after = holdings(server)
+    after = held_by(server)
     # gRPC and HTTP threads come and go with connections; nothing may go with requests.
-    wait_until(lambda: holdings(server).num_descriptors <= before.num_descriptors + 8, "closed")
+    wait_until(lambda: held_by(server).num_descriptors <= before.num_descriptors + 8, "closed")
     assert after.num_threads <= before.num_threads + 8
     assert after.shared_bytes == before.shared_bytes
     for name, memory_mib in after.memory_mib.items():
