@@ -1,6 +1,7 @@
 """Faults of a running server, one after the other: processes killed and stopped, by chance."""
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -55,11 +56,14 @@ class FaultInjector:
 
     async def _inject(self, name: str, number: signal.Signals) -> None:
         fault = f"{name} {number.name}"
-        pid = await self._pid(name)
+        pid = await self._wait_for(name)
+        if pid is None:
+            self.failures.append(f"{fault}: {name} had no process for {BACK_S:g} s before it")
+            return
         starts = self.server.shown().count(READY)
-        assert pid is not None, f"{name} has no process to break"
         self.done[fault] += 1
-        os.kill(pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it went by itself: the wait tells
+            os.kill(pid, number)
         broken_s = time.monotonic()
         needs_start = name in ("specserve", "tritonserver")
         while time.monotonic() - broken_s < BACK_S:
@@ -70,6 +74,13 @@ class FaultInjector:
                 self.longest_s[fault] = max(time_s, self.longest_s.get(fault, 0.0))
                 return
         self.failures.append(f"{fault}: not back after {BACK_S:g} s")
+
+    async def _wait_for(self, name: str) -> int | None:
+        """Return the process of a name, which the server may be starting just now."""
+        deadline_s = time.monotonic() + BACK_S
+        while (pid := await self._pid(name)) is None and time.monotonic() < deadline_s:
+            await asyncio.sleep(POLL_S)
+        return pid
 
     async def _pid(self, name: str) -> int | None:
         try:

@@ -18,6 +18,7 @@ Example: python -m bench.soak --minutes 30 --output bench/results/soak.jsonl
 import argparse
 import asyncio
 import contextlib
+import re
 import statistics
 import sys
 import time
@@ -47,7 +48,13 @@ TEMPERATURES = (0.0, 0.75, 1.0)
 SAMPLE_S = 5.0
 IDLE_S = 30.0
 LONG_S = 120.0
-LIMITS = Holdings(memory_mib=16.0, num_threads=4, num_descriptors=8)
+# A model that is loaded again takes or leaves some 35 threads of tritonserver.
+LIMITS = Holdings(memory_mib=16.0, num_threads=40, num_descriptors=8)
+_RESTARTS = re.compile(
+    r"^(?:the process of model '\w+' died|tritonserver (?:was )?ended by [\w ]+"
+    r"|model '\w+' (?:has given no answer|was not back)[\w ]*)",
+    re.MULTILINE,
+)
 BAD_OUTCOMES = ("wrong", "broken", "hung")
 
 Samples = dict[tuple[str, int], list[tuple[float, Holdings]]]
@@ -92,7 +99,7 @@ def main() -> int:
             "examples": crowd.tally.examples,
             "faults": dict(injector.done),
             "longest_repair_s": {name: round(s, 1) for name, s in injector.longest_s.items()},
-            "server_restarts": shown.count("Restart "),
+            "restarts": _RESTARTS.findall(shown),
             "left": left,
             "growth": {name: one._asdict() for name, one in growth.items() if one is not None},
             **_series(samples),
