@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 class _EngineModel(ABC):
     """What both roles share: one ragged step per call, errors answered, time measured inside."""
 
+    _engine: Any
+
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer each request; a failure is answered, not raised."""
         return [self._answer(request) for request in requests]
@@ -36,7 +38,14 @@ class _EngineModel(ABC):
             return pb_utils.InferenceResponse([pb_utils.Tensor(n, a) for n, a in tensors.items()])
         except Exception as error:
             logger.exception("engine call failed")
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
+            text = f"{engines.LOST if isinstance(error, engines.EngineLost) else ''}{error}"
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(text))
+
+    def finalize(self) -> None:
+        """Let the engine go; one with threads or processes of its own has them end."""
+        close = getattr(self._engine, "close", None)
+        if close is not None:
+            close()
 
     @abstractmethod
     def run(self, arrays: wire.Arrays) -> wire.Arrays:
@@ -53,6 +62,7 @@ class DraftModel(_EngineModel):
 
     def run(self, arrays: wire.Arrays) -> wire.Arrays:
         """Run the draft loop of one step."""
+        self._engine.release(wire.decode_released(arrays))
         return wire.encode_drafts(self._engine.draft(wire.decode_draft_request(arrays)))
 
 
@@ -69,4 +79,6 @@ class TargetModel(_EngineModel):
         """Verify one step."""
         batch, chosen, released = self._decode(arrays)
         self._engine.release(released)
-        return wire.encode_verified(self._engine.verify(batch, chosen))
+        outputs = self._engine.verify(batch, chosen)
+        counted = getattr(self._engine, "num_computed_tokens", None)
+        return wire.encode_verified(outputs, counted)

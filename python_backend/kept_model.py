@@ -12,7 +12,7 @@ import numpy as np
 from python_backend import sibling
 from python_backend.bls import infer
 from specserve.deadline import Deadline
-from specserve.engines import EngineLost
+from specserve.engines import LOST, EngineLost
 from specserve.engines.triton import Arrays
 
 logger = logging.getLogger(__name__)
@@ -89,6 +89,8 @@ class KeptModel:
         """Tell a model that is lost from one that only refused a call."""
         if isinstance(error, TimeoutError):
             return f"gave {error}"
+        if LOST in str(error):
+            return f"gave up: {error}"
         if "is not healthy" in str(error):  # Triton's words for a stub that died or stands still
             return "has lost its process"
         if self._num_failures >= MAX_FAILURES:

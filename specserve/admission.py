@@ -4,7 +4,7 @@ Reads the queues it is given; changes nothing.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from specserve.block_manager import BlockManager
 from specserve.config import SchedulerConfig, SLOConfig
@@ -32,6 +32,7 @@ class Admission:
         pacer: predicts waits; None rejects nobody for being late.
         telemetry: says how much of the KV cache may be filled.
         margin: how far its predictions of first tokens fall short.
+        supports: what the engine cannot keep, see `EngineInfo`.
         num_rejected: refusals so far by reason, `full` or `late`.
     """
 
@@ -39,6 +40,7 @@ class Admission:
         self.pacer: Pacer | None = None
         self.telemetry: Telemetry = NoTelemetry()
         self.margin = Margin()
+        self.supports: Callable[[Request], str | None] = lambda request: None
         self.num_rejected: Counter[str] = Counter()
         self._config = config
         self._blocks = blocks
@@ -66,6 +68,9 @@ class Admission:
                 f"prompt + max_tokens = {total} tokens can never fit the KV cache of {limit} "
                 "tokens: shorten one of them, or raise scheduler.kv_cache_tokens"
             )
+        reason = self.supports(request)
+        if reason is not None:
+            raise ValueError(reason)
 
     def num_spare_blocks(self, num_running: int) -> int:
         """Return the KV blocks that a new request may take beside running ones.

@@ -57,6 +57,8 @@ def assemble(
         config.slo,
         config.policy.max_draft_tokens,
     )
+    scheduler.admission.supports = info.supports
+    scheduler.speculates_sampled = info.verifies_sampled
     retry_s = config.server.draft_retry_s
     guarded = GuardedDraftEngine(draft, info.vocab_size, retry_s, clock, draft_keeper)
     core = SpecServe(scheduler, first, guarded, target, clock)

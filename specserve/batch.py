@@ -150,7 +150,12 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """A finished step, for `Policy.observe`."""
+    """A finished step, for `Policy.observe`.
+
+    Attributes:
+        num_target_tokens: what the target computed, where it counts by itself; None is base and
+            chosen tokens.
+    """
 
     batch: Batch
     drafts: list[Draft]
@@ -158,3 +163,4 @@ class StepRecord:
     outputs: list[Verified]
     draft_time_s: float
     verify_time_s: float
+    num_target_tokens: int | None = None

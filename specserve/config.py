@@ -56,6 +56,36 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TensorRTLLMConfig:
+    """The `tensorrt_llm` engine; the size of its KV cache is `scheduler.kv_cache_tokens`.
+
+    Attributes:
+        mode: `leader`, where this process is a rank, the only one or one that mpirun has started;
+            or `orchestrator`, where it starts the ranks, which an engine on several GPUs needs
+            inside Triton.
+        draft_devices: GPUs of the draft's ranks; empty takes the first ones.
+        target_devices: the same for the target.
+        worker: program of a rank, for `orchestrator`; empty is TensorRT-LLM's own.
+        draft_stop: `step` stops a draft at any token, by how sure the draft is of it; `plan` fixes
+            its length beforehand; `auto` takes `step` where the draft runs on one GPU.
+        chunked_context: the executor may split a prompt over several of its passes.
+        sends_chunks: compute every chunk of a prompt when it is scheduled, so that prompts leave
+            decoding requests on schedule; else a prompt is computed whole with its last chunk.
+        prompt_ignore_length: this TensorRT-LLM has that sampling parameter, which makes presence
+            and frequency penalties possible; an error at start if it has not.
+    """
+
+    mode: str = "leader"
+    draft_devices: tuple[int, ...] = ()
+    target_devices: tuple[int, ...] = ()
+    worker: str = ""
+    draft_stop: str = "auto"
+    chunked_context: bool = True
+    sends_chunks: bool = False
+    prompt_ignore_length: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class SchedulerConfig:
     """Limits of a step and of the memory behind it.
 
@@ -221,6 +251,7 @@ class Config:
     """The whole tree."""
 
     engine: EngineConfig = field(default_factory=EngineConfig)
+    tensorrt_llm: TensorRTLLMConfig = field(default_factory=TensorRTLLMConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     slo: SLOConfig = field(default_factory=SLOConfig)
@@ -325,7 +356,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     table[key] = value
 
 
-def _toml(value: bool | int | float | str | tuple[str, ...] | dict[str, float]) -> str:
+def _toml(value: bool | int | float | str | tuple[Any, ...] | dict[str, float]) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):

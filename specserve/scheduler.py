@@ -41,6 +41,9 @@ class Scheduler:
 
     Args:
         max_draft_tokens: hard cap of a row and step, whatever policy and request ask for.
+
+    Attributes:
+        speculates_sampled: False keeps sampled requests from drafting, see `EngineInfo`.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Scheduler:
         slo = slo or SLOConfig()
         self.admission = Admission(config, blocks, slo)
         self.max_draft_tokens = max_draft_tokens
+        self.speculates_sampled = True
         self.lookup = PromptLookup()
         self.waiting = WaitingQueue(self.admission.deadline_s, slo.shares)
         self.running: list[Request] = []
@@ -286,9 +290,13 @@ class Scheduler:
             tpot_s=request.slo.tpot_s and AIM * request.slo.tpot_s,
         )
         # A prompt's first token does not wait for a draft.
-        if request.num_uncomputed_tokens == 1 and request.draft_source != "none":
+        if request.num_uncomputed_tokens == 1 and self._may_speculate(request):
             self._allow_draft(row, request)
         return row
+
+    def _may_speculate(self, request: Request) -> bool:
+        is_exact = self.speculates_sampled or request.sampling.is_greedy
+        return is_exact and request.draft_source != "none"
 
     def _allow_draft(self, row: Row, request: Request) -> None:
         wishes = (request.max_draft_tokens, request.num_draft_tokens)

@@ -14,10 +14,14 @@ from specserve import manifest
 from specserve.batch import Batch, Draft, Verified
 from specserve.config import Config
 from specserve.engines.captured_sizes import captured_sizes
+from specserve.request import Request
 
 
 class EngineLost(RuntimeError):
     """An engine is gone, with all it kept, or gives no answer; the text is for clients."""
+
+
+LOST = "engine lost: "  # begins the text of an EngineLost where only a text crosses to the caller
 
 
 class DraftEngine(Protocol):
@@ -35,7 +39,11 @@ class DraftEngine(Protocol):
 
 
 class TargetEngine(Protocol):
-    """Says what the served model says."""
+    """Says what the served model says.
+
+    One that owns its KV cache may compute other tokens than it is given, and then has an attribute
+    `num_computed_tokens`: how many the last verification computed, None if it cannot tell.
+    """
 
     def verify(self, batch: Batch, chosen: Sequence[Sequence[int]]) -> list[Verified]:
         """Run base and chosen tokens in one pass; keep the draft prefix the target agrees with.
@@ -52,12 +60,21 @@ class TargetEngine(Protocol):
         """Drop what is kept for these requests; unknown keys are ignored."""
 
 
+def supports_all(request: Request) -> str | None:
+    """Support every request."""
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
     """What the orchestrator must know of a pair.
 
     Attributes:
         captured_sizes: numbers of tokens to which passes are padded, rising; empty for none.
+        supports: names what of a request the engine cannot keep, and why; None if it can.
+        verifies_sampled: verifying drafts leaves the distribution of sampled requests as it is;
+            else only greedy ones are speculated on.
+        takes_chunks: a prompt's chunk is computed when it comes; else with the last one.
     """
 
     vocab_size: int
@@ -65,10 +82,17 @@ class EngineInfo:
     num_blocks: int
     block_size: int
     captured_sizes: tuple[int, ...] = ()
+    supports: Callable[[Request], str | None] = supports_all
+    verifies_sampled: bool = True
+    takes_chunks: bool = True
 
 
 # Name -> module with `make_draft(config)` and `make_target(config)`.
-ENGINES = {"openvino": "specserve.engines.openvino", "torch": "specserve.engines.torch"}
+ENGINES = {
+    "openvino": "specserve.engines.openvino",
+    "tensorrt_llm": "specserve.engines.tensorrt_llm",
+    "torch": "specserve.engines.torch",
+}
 
 
 def describe(config: Config) -> EngineInfo:
@@ -81,8 +105,12 @@ def describe(config: Config) -> EngineInfo:
     """
     _module_name(config)
     folder = Path(config.engine.dir)
-    target = manifest.load(folder / "target")
-    manifest.check_pair(manifest.load(folder / "draft"), target)
+    draft, target = manifest.load(folder / "draft"), manifest.load(folder / "target")
+    manifest.check_pair(draft, target)
+    if config.engine.name == "tensorrt_llm":
+        compiled = import_module("specserve.engines.tensorrt_llm.limits")
+        info: EngineInfo = compiled.describe(config, draft, target)
+        return info
     block_size = config.engine.block_size
     limits = config.scheduler
     is_captured = config.engine.device == "cuda"

@@ -16,13 +16,16 @@ from specserve.sampling_params import SamplingParams
 from specserve.stop_rules import StopRule, decode_rule, encode_rule
 
 MAX_TOP_K = 2**24  # beyond any vocabulary, and exact in FP32
+FAILED = UNKNOWN = -1  # in place of a number of tokens
 Arrays = dict[str, NDArray[Any]]
 
 
 # -- draft: request ----------------------------------------------------------------------------
 
 
-def encode_draft_request(rows: Sequence[Row], rule: StopRule | None) -> Arrays:
+def encode_draft_request(
+    rows: Sequence[Row], rule: StopRule | None, released: Sequence[int] = ()
+) -> Arrays:
     """Pack rows that draft; `rule` has one entry for each of them."""
     counts = [
         (r.key, r.num_draft_computed_tokens, len(r.catch_up_token_ids), r.max_draft_tokens,
@@ -43,6 +46,8 @@ def encode_draft_request(rows: Sequence[Row], rule: StopRule | None) -> Arrays:
             [(p.temperature, p.min_p, min(p.top_k, MAX_TOP_K), p.top_p) for p in sampled],
             dtype=np.float32,
         )
+    if released:
+        arrays["released"] = _ints(released)
     return arrays
 
 
@@ -70,6 +75,12 @@ def decode_draft_request(arrays: Mapping[str, NDArray[Any]]) -> Batch:
         token, block = token + num_tokens, block + num_blocks
     rule = decode_rule(arrays["stop_rule"]) if "stop_rule" in arrays else None
     return Batch(rows, rule)
+
+
+def decode_released(arrays: Mapping[str, NDArray[Any]]) -> list[int]:
+    """Return the keys to release before a draft or a verification runs."""
+    released: list[int] = arrays["released"].tolist() if "released" in arrays else []
+    return released
 
 
 def _decode_samplings(arrays: Mapping[str, NDArray[Any]]) -> Iterator[SamplingParams]:
@@ -187,7 +198,7 @@ class VerifyDecoder:
             self._known[key] = SamplingParams(**entry), num_prompt_tokens
 
     def _forget(self, arrays: Mapping[str, NDArray[Any]]) -> list[int]:
-        released: list[int] = arrays["released"].tolist() if "released" in arrays else []
+        released = decode_released(arrays)
         for key in released:
             self._known.pop(key, None)
         return released
@@ -196,14 +207,25 @@ class VerifyDecoder:
 # -- verify: response --------------------------------------------------------------------------
 
 
-def encode_verified(outputs: Sequence[Verified]) -> Arrays:
-    """Pack results; log-probabilities of a row are either complete or absent."""
+def encode_verified(outputs: Sequence[Verified], num_computed_tokens: int | None = None) -> Arrays:
+    """Pack results; log-probabilities of a row are either complete or absent.
+
+    Args:
+        num_computed_tokens: see `TargetEngine`.
+    """
     return {
-        "num_tokens": _ints(len(v.output_token_ids) for v in outputs),
+        "computed_tokens": _ints([UNKNOWN if num_computed_tokens is None else num_computed_tokens]),
+        "num_tokens": _ints(FAILED if v.failed else len(v.output_token_ids) for v in outputs),
         "token_ids": _ints(token_id for v in outputs for token_id in v.output_token_ids),
         "num_log_probs": _ints(len(v.log_probs) for v in outputs),
         "log_probs": np.array([x for v in outputs for x in v.log_probs], dtype=np.float32),
     }
+
+
+def decode_count(arrays: Mapping[str, NDArray[Any]]) -> int | None:
+    """Return how many tokens the target computed, None if it cannot tell."""
+    count: int = arrays["computed_tokens"].item()
+    return None if count == UNKNOWN else count
 
 
 def decode_verified(arrays: Mapping[str, NDArray[Any]]) -> list[Verified]:
@@ -213,6 +235,9 @@ def decode_verified(arrays: Mapping[str, NDArray[Any]]) -> list[Verified]:
     for num_tokens, num_values in zip(
         arrays["num_tokens"].tolist(), arrays["num_log_probs"].tolist(), strict=True
     ):
+        if num_tokens == FAILED:
+            outputs.append(Verified(failed=True))
+            continue
         outputs.append(
             Verified(token_ids[token : token + num_tokens], log_probs[value : value + num_values])
         )

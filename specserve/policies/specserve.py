@@ -229,12 +229,22 @@ class SpecServePolicy:
             return  # a step without a plan: nobody could draft
         self.acceptances.observe(record, step.lookups)
         num_chosen = sum(map(len, record.chosen))
-        self.step_time.observe_verify(
-            step.num_tokens + num_chosen, float(step.verify_s[num_chosen]), record.verify_time_s
-        )
+        num_tokens, predicted_s = step.num_tokens + num_chosen, float(step.verify_s[num_chosen])
+        if record.num_target_tokens is not None:
+            num_tokens = record.num_target_tokens
+            predicted_s = self._predict_counted(record, num_tokens)
+        if num_tokens:
+            self.step_time.observe_verify(num_tokens, predicted_s, record.verify_time_s)
         num_rows = len(_drafted(record.batch.rows, [len(d.token_ids) for d in record.drafts]))
         if num_rows:
             self.step_time.observe_draft(num_rows, step.draft_s, record.draft_time_s)
+
+    def _predict_counted(self, record: StepRecord, num_tokens: int) -> float:
+        """Predict a verification of as many tokens as the target says that it has computed."""
+        rows = record.batch.rows
+        wanted = sum(row.samples for row in rows) + sum(map(len, record.chosen))
+        context = sum(row.num_computed_tokens for row in rows)
+        return self.step_time.verify_s(max(1, num_tokens), context, max(0, num_tokens - wanted))
 
     @property
     def calibration_error(self) -> float | None:

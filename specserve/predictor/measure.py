@@ -146,8 +146,8 @@ class _Bench:
         return self._time(lambda: self._target.verify(Batch(list(rows)), chosen))
 
     def prompt(self, row: Row, size: int) -> float:
-        """Time a prompt chunk that samples nothing."""
-        row.token_ids, row.samples = self._tokens(size), False
+        """Time a prompt chunk that samples nothing, or only after its last token."""
+        row.token_ids, row.samples = self._tokens(size), not self._info.takes_chunks
         return self._time(lambda: self._target.verify(Batch([row]), [[]]))
 
     def draft(self, rows: Sequence[Row], length: int, num_catch_up_tokens: int) -> float:
