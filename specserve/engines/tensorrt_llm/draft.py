@@ -35,8 +35,9 @@ def load(config: Config) -> "TensorRTLLMDraftEngine":
     api = binding.load()
     folder, manifest, compiled = limits.load_role(config, "draft")
     step_stop = None
+    stop_id = _stop_id(manifest.vocab_size, compiled.vocab_rows)
     if limits.stops_by_step(config, compiled):
-        step_stop = StepStop(manifest.vocab_size, stop_id_of(manifest.vocab_size))
+        step_stop = StepStop(manifest.vocab_size, stop_id)
     executor = Executor(
         api,
         folder,
@@ -48,12 +49,12 @@ def load(config: Config) -> "TensorRTLLMDraftEngine":
     return TensorRTLLMDraftEngine(executor, requests, manifest.vocab_size, step_stop)
 
 
-def stop_id_of(vocab_size: int) -> int:
-    """Return the token that ends a watched draft: the last one, which hardly any text has.
+def _stop_id(vocab_size: int, num_rows: int) -> int:
+    """Return the token that ends a watched draft: one without text, or else the last one.
 
-    A draft in which it comes by itself ends there, that token included.
+    A draft in which the last one comes by itself ends there, that token included.
     """
-    return vocab_size - 1
+    return min(vocab_size, num_rows - 1)
 
 
 class TensorRTLLMDraftEngine:
@@ -74,7 +75,6 @@ class TensorRTLLMDraftEngine:
         self._executor = executor
         self._requests = requests
         self._vocab_size = vocab_size
-        self._stop_id = stop_id_of(vocab_size)
         self._step_stop = step_stop
         self._planned_stop = PlannedStop()
         self._sequences = Sequences()
@@ -141,7 +141,7 @@ class TensorRTLLMDraftEngine:
         rows = {first_id + n: Watched(i, len(wave[i])) for n, i in enumerate(wave)}
         requests = [
             self._requests.watched_draft(
-                wave[row.index], int(caps[row.index]), client_id, self._stop_id
+                wave[row.index], int(caps[row.index]), client_id, step_stop.stop_id
             )
             for client_id, row in rows.items()
         ]
@@ -152,7 +152,7 @@ class TensorRTLLMDraftEngine:
             step_stop.end()
         _check(answers)
         return {
-            row.index: self._agreed(row.draft, answer)
+            row.index: _agreed(row.draft, answer, step_stop.stop_id)
             for row, answer in zip(rows.values(), answers, strict=True)
             if not answer.error
         }
@@ -169,20 +169,6 @@ class TensorRTLLMDraftEngine:
             for i, answer in zip(wave, answers, strict=True)
             if not answer.error
         }
-
-    def _agreed(self, seen: Draft, answer: Answer) -> Draft:
-        """Return what was read off, as far as the executor went on with the same tokens.
-
-        The last token was never drawn where the end took its place. Where two are equally likely,
-        the executor may have drawn the other: what follows does not follow what was read off.
-        """
-        drawn = answer.token_ids
-        if answer.has_ended and drawn[-1:] == [self._stop_id]:
-            drawn = drawn[:-1]
-        for n, (ours, theirs) in enumerate(zip(seen.token_ids, drawn, strict=False)):
-            if ours != theirs:
-                return seen.first(n)
-        return seen.first(len(drawn) + answer.has_ended)
 
     def _without_padding(self, answer: Answer) -> Draft:
         confidences = [math.exp(value) for value in answer.log_probs]
@@ -202,3 +188,18 @@ def _check(answers: Sequence[Answer]) -> None:
         raise RuntimeError(f"the draft executor refuses everything: {errors[0]}")
     for error in errors:
         logger.warning("a row was not drafted: %s", error)
+
+
+def _agreed(seen: Draft, answer: Answer, stop_id: int) -> Draft:
+    """Return what was read off, as far as the executor went on with the same tokens.
+
+    The last token was never drawn where the end took its place. Where two are equally likely, the
+    executor may have drawn the other one: then what was read off after it follows another text.
+    """
+    drawn = answer.token_ids
+    if answer.has_ended and drawn[-1:] == [stop_id]:
+        drawn = drawn[:-1]
+    for n, (ours, theirs) in enumerate(zip(seen.token_ids, drawn, strict=False)):
+        if ours != theirs:
+            return seen.first(n)
+    return seen.first(len(drawn) + answer.has_ended)

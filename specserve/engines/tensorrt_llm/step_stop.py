@@ -54,12 +54,14 @@ class StepStop:
 
     Args:
         vocab_size: tokens that may be drafted; logits beyond are padding.
+
+    Attributes:
         stop_id: the token that ends a request.
     """
 
     def __init__(self, vocab_size: int, stop_id: int) -> None:
         self._vocab_size = vocab_size
-        self._stop_id = stop_id
+        self.stop_id = stop_id
         self._rows: dict[int, Watched] = {}
         self.begin({}, None)
 
@@ -119,7 +121,7 @@ class StepStop:
         for row, tensor in zip(rows, logits, strict=True):
             if row.index not in self._active:
                 tensor.fill_(float("-inf"))
-                tensor[..., self._stop_id] = 0.0
+                tensor[..., self.stop_id] = 0.0
 
     def _advance(
         self, rows: list[Watched], lengths: list[int], confidences: NDArray[np.float64]
