@@ -231,6 +231,7 @@ class _Running:
         self.log_probs: list[float] = []
         self.random = np.random.default_rng(request.sampling_config.seed or 0)
         self.reason = "NOT_FINISHED"
+        self.num_cached = 0
 
     @property
     def output(self) -> list[int]:
@@ -331,8 +332,9 @@ class FakeExecutor:
         for running, tensor in zip(active, logits, strict=True):
             self._decode(running, tensor.numpy().reshape(-1))
         for running in active:
-            for end in range(1, len(running.token_ids) + 1):
+            for end in range(running.num_cached + 1, len(running.token_ids) + 1):
                 self._cached.add(tuple(running.token_ids[:end]))
+            running.num_cached = len(running.token_ids)
 
     def _num_context_tokens(self, running: _Running) -> int:
         """Return what of a request is not cached, by token: partial reuse is on."""
@@ -340,6 +342,7 @@ class FakeExecutor:
         cached = 0
         while cached < len(token_ids) - 1 and tuple(token_ids[: cached + 1]) in self._cached:
             cached += 1
+        running.num_cached = cached
         return len(token_ids) - cached + (len(draft.tokens) if draft else 0)
 
     def _logits(self, running: _Running) -> torch.Tensor:

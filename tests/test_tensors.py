@@ -168,10 +168,10 @@ def test_draft_model_takes_what_the_wire_sends() -> None:
     config = load("draft")
     rule = SurvivalRule(np.array([0.5, 1.0]), np.array([0.3]))
     row = replace(make_rows()[0], is_draft_sampled=True)
-    arrays = wire.encode_draft_request([row], rule)
+    arrays = wire.encode_draft_request([row], rule, released=[9])
     check_ports(arrays, config.input, optional=set())
     assert {port.name for port in config.input if port.optional} == {
-        "stop_rule", "seeds", "sampling",
+        "stop_rule", "seeds", "sampling", "released",
     }  # fmt: skip
     answers = wire.encode_drafts([Draft([1, 2], [0.5, 0.5])])
     check_ports(answers, config.output, optional={"engine_s"})

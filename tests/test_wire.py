@@ -154,7 +154,13 @@ def test_results_arrive_as_they_left(lengths: list[int], data: st.DataObject) ->
     for n in lengths:
         log_probs = data.draw(st.just([]) | st.lists(f32, min_size=n, max_size=n))
         outputs.append(Verified(data.draw(ids.filter(len) if n else st.just([])), log_probs))
+    outputs.insert(len(outputs) // 2, Verified(failed=True))
     assert wire.decode_verified(wire.encode_verified(outputs)) == outputs
+
+
+@pytest.mark.parametrize("count", [None, 0, 7])
+def test_what_the_target_counted_arrives_as_it_left(count: int | None) -> None:
+    assert wire.decode_count(wire.encode_verified([Verified()], count)) == count
 
 
 # -- what the decoder remembers ----------------------------------------------------------------
@@ -214,6 +220,7 @@ class Loopback:
         self.decode = wire.VerifyDecoder()
         self.fails = False
         self.num_calls = {"draft": 0, "target": 0}
+        self.drafts_released: list[int] = []
 
     def __call__(self, model: str, arrays: wire.Arrays) -> wire.Arrays:
         """Serve one call."""
@@ -223,6 +230,7 @@ class Loopback:
         if self.fails:
             raise RuntimeError("the model is gone")
         if model == "draft":
+            self.drafts_released += wire.decode_released(arrays)
             outputs = wire.encode_drafts(self.draft.draft(wire.decode_draft_request(arrays)))
         else:
             batch, chosen, released = self.decode(arrays)
