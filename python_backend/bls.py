@@ -11,9 +11,11 @@ from specserve.engines.triton import Arrays
 
 OUTPUTS = {
     "draft": ["num_tokens", "token_ids", "confidences", "engine_s"],
-    "target": ["num_tokens", "token_ids", "num_log_probs", "log_probs", "engine_s"],
+    "target": [
+        "num_tokens", "token_ids", "num_log_probs", "log_probs", "computed_tokens", "engine_s",
+    ],
     "keeper": ["load_s"],
-}
+}  # fmt: skip
 
 
 def infer(model: str, inputs: Arrays) -> Arrays:

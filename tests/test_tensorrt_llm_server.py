@@ -1,6 +1,6 @@
 """The TensorRT-LLM engines behind the shipped model repository, on a real tritonserver.
 
-The bindings are the stand-in of the contract tests, installed in the `draft` and `target` processes.
+The bindings are the stand-in of the contract tests, installed where the engines are.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def check_refusal(server: Served) -> None:
 
 def test_without_tensorrt_llm_the_server_does_not_start_and_says_why(tmp_path: Path) -> None:
     with (
-        pytest.raises(Exception, match="run in an image with TensorRT-LLM 1.2.1") as failure,
+        pytest.raises(Exception, match=r"run in an image with TensorRT-LLM 1\.2\.1") as failure,
         serving(options(tmp_path)),
     ):
         pass
