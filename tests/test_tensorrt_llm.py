@@ -179,6 +179,29 @@ def finish(core: SpecServe) -> None:
     core.target_engine.close()  # type: ignore[attr-defined]
 
 
+# -- the stand-in ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "values"),
+    [
+        ("Request", ([1], 1), {"random_seed": 1}),
+        ("Request", ([1], 1, True), {}),
+        ("Request", ([np.int64(1)], 1), {}),
+        ("Request", ([1], 1), {"bad_words": [(1,)]}),
+        ("SamplingConfig", (), {"top_k": 1.0}),
+        ("SamplingConfig", (), {"prompt_ignore_length": 1}),
+        ("TokenRangeRetentionConfig", (0, None, 80), {"duration_ms": 10}),
+        ("ExecutorConfig", (), {"kv_cache_config": {}}),
+    ],
+)
+def test_the_stand_in_refuses_what_the_bindings_refuse(
+    name: str, args: tuple[Any, ...], values: dict[str, Any]
+) -> None:
+    with pytest.raises(TypeError):
+        getattr(fake.make_module({}), name)(*args, **values)
+
+
 # -- conversations -----------------------------------------------------------------------------
 
 GREEDY = [

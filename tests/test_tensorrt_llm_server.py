@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from paged_lm import PagedLM, plain_decode
-from server_client import generate, grpc_many, grpc_one
+from server_client import generate, grpc_many, grpc_one, wait_until
 
 from bench.served import REPOSITORY, Served, serving
 from specserve.config import DEMO_PAIR
@@ -30,6 +30,7 @@ VOCAB_SIZE = 4096  # of the demo pair's tokenizer
 MAX_TOKENS = 12
 MODEL = """
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +42,11 @@ ENGINES = {{
     "target": fake.Engine(PagedLM(vocab_size={vocab_size}), max_draft_len=8, pad=3),
     "draft": fake.Engine(PagedLM(vocab_size={vocab_size}, noise=0.001), pad=3),
 }}
+def fail_where_it_should():
+    if Path({fault!r}).exists():
+        raise RuntimeError("an MPI rank is gone")
+
+ENGINES["target"].spend = fail_where_it_should
 fake.install(pytest.MonkeyPatch(), fake.make_module(ENGINES))
 from python_backend.engine_model import {role} as TritonPythonModel
 """
@@ -64,7 +70,8 @@ def repository_with_stand_in(folder: Path) -> Path:
     shutil.copytree(REPOSITORY, repository)
     for name, role in (("draft", "DraftModel"), ("target", "TargetModel")):
         tests = str(Path(__file__).parent)
-        text = MODEL.format(tests=tests, vocab_size=VOCAB_SIZE, role=role)
+        fault = str(folder / "fault")
+        text = MODEL.format(tests=tests, fault=fault, vocab_size=VOCAB_SIZE, role=role)
         (repository / name / "1" / "model.py").write_text(text)
     return repository
 
@@ -88,6 +95,7 @@ def test_texts_are_plain_decodings_and_refusals_name_the_parameter(tmp_path: Pat
         answers = grpc_many(server, "ensemble", requests, concurrency=3)
         check_refusal(server)
         metrics = server.metrics()
+        check_loss(server, tmp_path / "fault")
     assert [answer.text for answer in answers] == [expected_text(prompt) for prompt in prompts]
     assert sum(value for name, value in metrics.items() if "accepted_tokens_total" in name) > 0
 
@@ -101,6 +109,20 @@ def check_refusal(server: Served) -> None:
     )
     assert status == 400
     assert "min_p is 0.1" in body["error"]
+
+
+def check_loss(server: Served, fault: Path) -> None:
+    """An executor that stops fails what is in flight, and the target model is loaded again."""
+    fault.touch()
+    answer = grpc_one(server, "ensemble", text_input="a", max_tokens=2)
+    assert answer.error is not None
+    assert "the target model is being loaded again: try again" in answer.error
+    fault.unlink()
+
+    def is_back() -> bool:
+        return grpc_one(server, "ensemble", text_input="a", max_tokens=2).error is None
+
+    wait_until(is_back, "the target model is loaded again", timeout_s=60.0)
 
 
 def test_without_tensorrt_llm_the_server_does_not_start_and_says_why(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from specserve.stop_rules import Stopper
 
 logger = logging.getLogger(__name__)
 
-# With more tokens of context in a call, the lists of them that the bindings make for every pass
-# take longer than the pass of a small model, some 25 ns a token.
+# The bindings make a list of all tokens of a call for every pass. Beyond this many, at some 30 ns
+# each, that takes about a millisecond, which is what a pass of a small model takes: an estimate.
 MAX_WATCHED_TOKENS = 32768
 
 

@@ -2,7 +2,8 @@
 
 Sampling follows TensorRT-LLM's kernels of the 1.2 era: bias, temperature, repetition penalty, then
 presence and frequency, so that the last two are divided by the temperature here to mean what they
-mean before it; filters after that, in the executor's own definition.
+mean before it; filters after that, in the executor's own definition. Stop words are no business of
+an engine here: they are matched in the text.
 """
 
 from collections.abc import Sequence
