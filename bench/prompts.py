@@ -46,7 +46,7 @@ def mixed_workload(
 
 
 def _description(package: str) -> str:
-    return str(metadata.metadata(package).get_payload())
+    return str(metadata.metadata(package).json["description"])
 
 
 def held_out_prompts(

@@ -77,7 +77,7 @@ def serve(config: Config, listen: Listen) -> None:
         ssl_keyfile=options.tls_key_file or None,
         timeout_graceful_shutdown=math.ceil(listen.drain_timeout_s),
         server_header=False,
-        **({"log_config": None} if as_json else {}),  # else uvicorn has lines of its own
+        log_config=None if as_json else uvicorn.config.LOGGING_CONFIG,
     )
 
 
