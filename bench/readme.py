@@ -173,12 +173,17 @@ def _standing(result: Verdict) -> str:
     text = f"{OURS} has the best {name} in {result.num_won()} of {num} cells"
     if not result.lost:
         return f"{text}."
-    clear = sum(duel.is_clear for duel in result.lost)
+    clear = sum(bool(duel.is_clear) for duel in result.lost)
+    sure = (
+        f"{clear} of them by more than chance"
+        if result.has_intervals
+        else "too few repeats to say how much of it is chance"
+    )
     others = [
         f"{other} in {len(list(duels))}"
         for other, duels in groupby(sorted(duel.other for duel in result.lost))
     ]
-    return f"{text}; ahead of it: {', '.join(others)}, {clear} of them by more than chance."
+    return f"{text}; ahead of it: {', '.join(others)}; {sure}."
 
 
 def _machine(tree: dict[str, Any]) -> str:

@@ -44,7 +44,7 @@ class Duel(NamedTuple):
     """Our policy against the best other one at a place; a gain above 0 is ours.
 
     Attributes:
-        is_clear: the interval of the gain does not hold 0.
+        is_clear: the interval of the gain does not hold 0; None if there is no interval.
     """
 
     place: Place
@@ -53,7 +53,7 @@ class Duel(NamedTuple):
     ours: str
     gain: str
     is_won: bool
-    is_clear: bool
+    is_clear: bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,12 @@ class Verdict:
 
     def num_won(self, *, clearly: bool = False) -> int:
         """Count the places where no other policy is better."""
-        return sum(duel.is_won and (duel.is_clear or not clearly) for duel in self.duels)
+        return sum(duel.is_won and bool(duel.is_clear or not clearly) for duel in self.duels)
+
+    @property
+    def has_intervals(self) -> bool:
+        """Whether chance can be told from more than that."""
+        return any(duel.is_clear is not None for duel in self.duels)
 
     @property
     def lost(self) -> list[Duel]:
@@ -121,7 +126,6 @@ def _duel(results: Results, metric: Metric, place: Place) -> Duel | None:
     ours, theirs = (results.value(metric, place, policy) for policy in (OURS, others[0]))
     assert ours is not None, "a gain without a value of ours"
     assert theirs is not None, f"{others[0]} is best without a value"
-    low, high = gain.interval or (-1.0, 1.0)
     return Duel(
         place=place,
         other=style.label(others[0]),
@@ -129,7 +133,7 @@ def _duel(results: Results, metric: Metric, place: Place) -> Duel | None:
         ours=number(ours),
         gain=interval_text(gain),
         is_won=gain.value >= 0.0,
-        is_clear=low > 0.0 or high < 0.0,
+        is_clear=gain.interval and not gain.interval.low <= 0.0 <= gain.interval.high,
     )
 
 
