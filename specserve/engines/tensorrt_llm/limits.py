@@ -81,7 +81,7 @@ def _check(config: Config, draft: Compiled, target: Compiled) -> None:
     if longest > target.max_draft_len:
         raise ValueError(
             f"policy.max_draft_tokens is {longest}: the target was built for drafts of "
-            f"{target.max_draft_len}; lower it, or build with --max_draft_len {longest}"
+            f"{target.max_draft_len}; lower it, or build with --max-draft-len {longest}"
         )
     smallest = min(draft.max_batch_size, target.max_batch_size)
     if limits.max_num_seqs > smallest:
