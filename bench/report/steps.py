@@ -132,16 +132,23 @@ def _lengths(axes: Axes, cell: Cell) -> None:
 
 
 def scatter(axes: Axes, samples: Sequence[StepSample]) -> None:
-    """Draw the predicted against the measured time of steps that were predicted."""
+    """Draw the predicted against the measured time of steps that were predicted.
+
+    The axes end where one step in a hundred is longer; the legend counts those left out.
+    """
     predicted, measured = _milliseconds(samples[:: -(-len(samples) // MAX_POINTS)])
     axes.scatter(
-        measured, predicted, s=7, color=style.BLUE, alpha=0.35, linewidths=0, rasterized=True
+        measured, predicted, s=7, color=style.BLUE, alpha=0.5, linewidths=0, rasterized=True
     )
-    top = 1.05 * float(max(measured.max(), predicted.max()))
+    longest = np.maximum(measured, predicted)
+    top = 1.05 * float(np.percentile(longest, 99))
+    num_beyond = int((longest > top).sum())
     ends = np.array([0.0, top])
     axes.plot(ends, ends, color=style.BLACK, linewidth=1.0, label="predicted = measured")
     for factor, name in ((1.1, "10 % off"), (0.9, None)):
         axes.plot(ends, factor * ends, color=style.BLACK, linewidth=0.8, linestyle=":", label=name)
+    if num_beyond:
+        axes.plot([], [], linestyle="", label=f"{num_beyond} of {len(longest)} steps longer")
     axes.set_xlim(0.0, top)
     axes.set_ylim(0.0, top)
     axes.set_xlabel("measured step time, ms")
