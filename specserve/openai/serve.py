@@ -7,6 +7,7 @@ from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.config import LOGGING_CONFIG
 
 from specserve import engines, json_log
 from specserve.config import Config
@@ -77,7 +78,7 @@ def serve(config: Config, listen: Listen) -> None:
         ssl_keyfile=options.tls_key_file or None,
         timeout_graceful_shutdown=math.ceil(listen.drain_timeout_s),
         server_header=False,
-        log_config=None if as_json else uvicorn.config.LOGGING_CONFIG,
+        log_config=None if as_json else LOGGING_CONFIG,
     )
 
 
