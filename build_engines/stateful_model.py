@@ -19,10 +19,10 @@ class StatefulModel:
     """An OpenVINO engine in f32: rows of equal length, no rollback."""
 
     def __init__(self, engine_dir: str | Path) -> None:
-        import openvino  # here, so that importing the builders needs no engine
+        from specserve.engines.openvino import core  # so that importing the builders needs none
 
-        model = openvino.Core().read_model(Path(engine_dir) / IR_FILE)
-        self._request = openvino.compile_model(model, "CPU", OPTIONS).create_infer_request()
+        model = core().read_model(Path(engine_dir) / IR_FILE)
+        self._request = core().compile_model(model, "CPU", OPTIONS).create_infer_request()
         self._num_computed_tokens = 0
 
     def reset(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,3 +39,23 @@ def test_the_demo_pair_describes_itself(demo_engines: Path) -> None:
     info = describe(Config())
     assert info.num_blocks * info.block_size == Config().scheduler.kv_cache_tokens
     assert info.vocab_size == load_tokenizer(demo_engines / "target").get_vocab_size()
+
+
+def test_a_signal_after_two_engines_have_gone_ends_nothing(demo_engines: Path) -> None:
+    """Each had a Core of its own, and the signal stack of one that was gone: SIGSEGV."""
+    code = f"""
+import gc, os, signal
+from pathlib import Path
+from specserve.engines.openvino import OpenVINOModel
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+folder = Path({str(demo_engines / "draft")!r})
+first = OpenVINOModel(folder, num_blocks=4)
+second = OpenVINOModel(folder, num_blocks=4)
+del first
+gc.collect()
+del second
+gc.collect()
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "handled\n")

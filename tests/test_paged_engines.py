@@ -50,9 +50,9 @@ class OpenVINO:
 
     def has_bf16(self) -> bool:
         """Whether this CPU has the arithmetic."""
-        import openvino as ov
+        from specserve.engines.openvino import supported_precisions
 
-        return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        return "bf16" in supported_precisions()
 
     def engines(self, models: Models) -> dict[str, Any]:
         """Put target and draft engine on a target and a draft model."""

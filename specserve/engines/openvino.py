@@ -1,5 +1,6 @@
 """OpenVINO on the CPU: paged attention from an exported stateful IR."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,23 @@ def make_target(config: Config) -> ModelTargetEngine:
     return ModelTargetEngine(_load(config, "target"))
 
 
+@cache
+def core() -> ov.Core:
+    """Return the one Core of this process, which stays.
+
+    NOTE: a Core brings a signal stack along, and puts back the one it found when it goes. Of two of
+    them the later may put back that of the earlier, which is unmapped by then: the next signal ends
+    the process.
+    """
+    return ov.Core()
+
+
 def supported_precisions() -> list[str]:
     """Return what `engine.precision` may be on this CPU, the fastest last.
 
     Paged attention takes bf16 only where the CPU computes in it (AVX-512 BF16 or AMX).
     """
-    can = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    can = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return ["f32", *(["bf16"] if "BF16" in can else [])]
 
 
@@ -70,11 +82,10 @@ class OpenVINOModel:
         self, engine_dir: Path, *, num_blocks: int, precision: str = "f32", num_threads: int = 0
     ) -> None:
         self.vocab_size = manifest.load(engine_dir).vocab_size
-        core = ov.Core()
-        model = core.read_model(engine_dir / "openvino_model.xml")
+        model = core().read_model(engine_dir / "openvino_model.xml")
         paged_attention_transformation(model)
         _keep_logits_of(model, "logit_rows")
-        compiled = core.compile_model(
+        compiled = core().compile_model(
             model,
             "CPU",
             {
