@@ -1,4 +1,4 @@
-"""The controller: expected tokens per second, subject to what each request is owed."""
+"""The controller: expected tokens per second, those worth more that a request is owed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from specserve.batch import Batch, Decision, Draft, DraftPlan, Row, StepRecord
 from specserve.config import PolicyConfig
 from specserve.optimum import best_total
 from specserve.policies import needed
-from specserve.policies.owed import deficits, least_debt, owed_first
+from specserve.policies.owed import deficits, worths
 from specserve.policies.source_choice import Prices, lookup_worth, model_worth
 from specserve.predictor.sources import Acceptances
 from specserve.predictor.step_time import StepTimeModel
@@ -32,27 +32,27 @@ class _Step:
 
     Attributes:
         verify_s: [m + 1], predicted seconds to verify with 0, ..., m draft tokens.
+        deficit: [num_rows], tokens missing at the end of a plain step.
         weight: [num_rows], what a token is worth: more to rows that would end the step late.
         judge, scout: the rows' curves of the draft model's acceptance.
         lookups: what prompt lookup has for each row, proposed or not.
         draft_s: predicted seconds of the draft call, once its lengths are known.
-        deficit: [num_rows], tokens missing at the end of a plain step, if anybody has objectives.
         is_exploring: every row drafts, and has its first token verified, to learn.
     """
 
     num_tokens: int
     verify_s: Floats
+    deficit: Floats
     weight: Floats
     judge: Floats
     scout: Floats
     lookups: list[Draft | None] = field(default_factory=list)
     draft_s: float = 0.0
-    deficit: Floats | None = None
     is_exploring: bool = False
 
 
 class SpecServePolicy:
-    """Draft and verify what raises the predicted token rate; owed tokens first.
+    """Draft and verify what raises the predicted token rate; owed tokens count for more.
 
     * Survival: the judge's acceptance, multiplied along the row; calibrated online, by source.
     * Source: prompt lookup, which is free, where it promises more than the draft model.
@@ -68,7 +68,6 @@ class SpecServePolicy:
     """
 
     EXPLORE_EVERY = 48  # steps while off
-    MAX_LATE = 3.0  # owed tokens beyond which a row is not more urgent
     ON_MARGIN = 1.02  # promised over plain rate that turns speculation on
     OFF_MARGIN = 1.0
 
@@ -105,12 +104,10 @@ class SpecServePolicy:
         prompt = sum(len(row.token_ids) - row.samples for row in rows)
         context = sum(row.num_computed_tokens for row in rows)
         curve = self.step_time.verify_curve(num_tokens, num_draft_tokens, context, prompt)
-        weight = np.ones(len(rows))
-        if any(row.tpot_s is not None for row in rows):
-            late = deficits(rows, float(curve[0]))
-            weight += np.minimum(np.maximum(late, 0.0), self.MAX_LATE)
+        deficit = deficits(rows, float(curve[0]))
         judge, scout = self.acceptances.curves(rows)
-        return _Step(num_tokens, curve, weight, judge, scout, [row.lookup for row in rows])
+        lookups = [row.lookup for row in rows]
+        return _Step(num_tokens, curve, deficit, worths(deficit), judge, scout, lookups)
 
     def _choose_sources(
         self, rows: Sequence[Row], step: _Step, caps: Ints
@@ -190,34 +187,19 @@ class SpecServePolicy:
         return chosen
 
     def _choose(self, batch: Batch, step: _Step, survival: Floats) -> list[int]:
-        """Take the best number of tokens in order of survival; ties keep the order of positions."""
-        flat = survival.ravel()
+        """Take the best number of tokens in order of worth; ties keep the order of positions."""
+        worth = (survival * step.weight[:, None]).ravel()
         positions = np.tile(np.arange(survival.shape[1]), len(survival))
-        order = np.lexsort((positions, -flat))[: np.count_nonzero(flat)]
-        base_yield = float(sum(row.samples for row in batch.rows))
-        if any(row.tpot_s is not None for row in batch.rows):
-            order, num_tokens = self._keep_promises(batch, step, survival, order, base_yield)
-        else:
-            best = best_total(
-                flat[order].tolist(), base_yield, step.verify_s.tolist(), step.draft_s
-            )
-            num_tokens, self._rate = best
-        rows = order[:num_tokens] // survival.shape[1]
+        order = np.lexsort((positions, -worth))[: np.count_nonzero(worth)]
+        samples = np.array([row.samples for row in batch.rows])
+        base = float(step.weight @ samples)
+        best = best_total(worth[order].tolist(), base, step.verify_s.tolist(), step.draft_s)
+        chosen = order[: best.num_tokens]
+        step_s = step.draft_s + float(step.verify_s[best.num_tokens])
+        self._rate = float(samples.sum() + survival.ravel()[chosen].sum()) / step_s
+        rows = chosen // survival.shape[1]
         lengths: list[int] = np.bincount(rows, minlength=len(survival)).tolist()
         return lengths
-
-    def _keep_promises(
-        self, batch: Batch, step: _Step, survival: Floats, order: Ints, base_yield: float
-    ) -> tuple[Ints, int]:
-        """Order owed tokens first; of the totals that owe least, take the best token rate."""
-        step_s = step.draft_s + step.verify_s[: len(order) + 1]
-        step.deficit = deficits(batch.rows, float(step_s[0]))
-        order = owed_first(survival, order, step.deficit)
-        gains = survival.ravel()[order]
-        rates = (base_yield + np.concatenate(([0.0], np.cumsum(gains)))) / step_s
-        self._rate = float(rates.max())
-        allowed = least_debt(batch.rows, survival, order, step_s)
-        return order, int(np.where(allowed, rates, -1.0).argmax())
 
     # -- observe -------------------------------------------------------------------------------
 
@@ -277,7 +259,7 @@ def _reason(row: Row, step: _Step, index: int, num_chosen: int, num_drafted: int
         return "prompt"
     if row.has_fixed_draft:
         return "fixed"
-    if num_chosen and step.deficit is not None and step.deficit[index] > 0.0:
+    if num_chosen and step.deficit[index] > 0.0:
         return "owed"
     if step.is_exploring:
         return "explore"
