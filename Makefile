@@ -50,7 +50,7 @@ help:
 	@echo 'make clients install aiperf, 1.2 GB, for the tests that run it'
 	@echo 'make bench   measure every policy on a server, in ten minutes; SPECSERVE_DATA BENCH_ARGS ...'
 	@echo 'make grid    the long one, for bench/results; make grid-simulated; SPECSERVE_DATA'
-	@echo 'make readme  write the tables of README.md anew from bench/results'
+	@echo 'make readme  write the tables of bench/README.md anew from bench/results'
 	@echo 'make check   run ruff and mypy'
 	@echo 'make clean   remove $(VENV) and the caches'
 	@echo 'PYTHON=python3.12 chooses the Python that $(VENV) is made with (3.11 or 3.12)'

@@ -1,4 +1,4 @@
-"""Result files into README.md: every table between two marks is written anew from its file.
+"""Result files into bench/README.md: every table between two marks is written anew from its file.
 
     <!-- results: grid bench/results/grid.jsonl -->      kind and file
     <!-- /results -->
@@ -27,7 +27,7 @@ SECTION = re.compile(
 def main() -> None:
     """Rewrite the file in place."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--readme", type=Path, default=ROOT / "bench" / "README.md")
     path = parser.parse_args().readme
     try:
         text = rewritten(path.read_text(encoding="utf-8"), ROOT)

@@ -14,7 +14,7 @@ from specserve import manifest
 from specserve.cpu import cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_CODE = (":!bench/results", ":!README.md")  # what a benchmark itself may change
+NOT_CODE = (":!bench/results", ":!*.md")  # what a benchmark itself may change
 
 
 def _commit() -> str:

@@ -26,7 +26,7 @@ SAMPLE = re.compile(r"^(specserve_\w+?)(?:_bucket|_sum|_count)?(?:\{(.*)\})? \S+
 
 def documented() -> dict[str, tuple[str, str, str]]:
     """Read the page: name to kind, labels and meaning."""
-    rows = ROW.findall((ROOT / "METRICS.md").read_text(encoding="utf-8"))
+    rows = ROW.findall((ROOT / "python_backend" / "METRICS.md").read_text(encoding="utf-8"))
     return {name: (kind, labels, text.replace("\\|", "|")) for name, kind, labels, text in rows}
 
 
