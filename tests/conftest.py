@@ -109,13 +109,14 @@ def make_core(
     config = replace(config, server=replace(config.server, draft_retry_s=draft_retry_s))
     target = target or PagedLM(num_blocks, block_size)
     draft = draft or PagedLM(num_blocks, block_size, vocab_size=target.vocab_size, noise=1.5)
+    served = target_engine.model if isinstance(target_engine, ModelTargetEngine) else target
     if clock is None:
         clock = virtual = FakeClock(0.00001)
         target.spend = functools.partial(virtual.advance, 0.010)
         draft.spend = functools.partial(virtual.advance, 0.0004)
     return assemble(
         config,
-        info=EngineInfo(target.vocab_size, MAX_SEQ_LEN, num_blocks, block_size),
+        info=EngineInfo(served.vocab_size, MAX_SEQ_LEN, num_blocks, block_size),
         draft_engine=draft_engine or ModelDraftEngine(draft),
         target_engine=target_engine or ModelTargetEngine(target),
         policy=policy_object or new_policy(config.policy),

@@ -294,12 +294,16 @@ def test_late_request_of_a_class_that_wants_to_know_is_a_429(endpoint: Endpoint,
     slo = {"slo_ttft_ms": 0.001, "slo_tpot_ms": 50.0, "slo_class": "interactive"}
     headers = {f"x-{name.replace('_', '-')}": str(value) for name, value in slo.items()}
     asked = {"headers": headers} if form == "headers" else slo
-    answer = endpoint.post("completions", **GREEDY, **asked)
-    check_error(answer, 429, None, "slo_ttft_ms 0.001", "try again in")
-    assert int(answer.headers["retry-after"]) >= 1
-    with client(endpoint.url) as http:  # an error before the first event is a status
+    busy = {"model": MODEL, "stream": True, **GREEDY, "max_tokens": 2000}
+    with client(endpoint.url) as http, http.stream("POST", "/v1/completions", json=busy) as first:
+        lines = first.iter_lines()
+        next(lines)  # an idle server lets everybody in
+        answer = endpoint.post("completions", **GREEDY, **asked)
+        check_error(answer, 429, None, "slo_ttft_ms 0.001", "try again in")
+        assert int(answer.headers["retry-after"]) >= 1
         body = {"model": MODEL, "stream": True, **GREEDY, **slo}
-        assert http.post("/v1/completions", json=body).status_code == 429
+        status = http.post("/v1/completions", json=body).status_code
+        assert status == 429  # an error before the first event is a status
 
 
 def test_objectives_that_can_be_kept_are_served(endpoint: Endpoint) -> None:
