@@ -11,6 +11,7 @@ import pytest
 from conftest import (
     all_policies,
     drive,
+    drive_fast,
     make_core,
     make_request,
     make_scheduler,
@@ -403,3 +404,15 @@ def test_a_policy_plans_nothing_where_the_request_forbids_it(name: str) -> None:
     batch = scheduler.schedule(0.0)
     assert batch.rows[0].max_draft_tokens == 0
     assert batch.stop_rule is None
+
+
+def test_adaptive_verification_takes_lookups_once_it_has_warmed_up() -> None:
+    """It failed 300 steps into a run: a lookup was not among what a step may verify."""
+    core = make_core("adaptive_verification", num_blocks=256, max_num_seqs=8)
+    sources = ("model", "ngram")
+    requests = [
+        make_request([1 + i % 9, 2, 3, 2, 3], 60, draft_source=sources[i % 2]) for i in range(96)
+    ]
+    outputs = drive_fast(core, requests)
+    assert {len(output) for output in outputs} == {60}
+    assert core.stats.num_steps > 300

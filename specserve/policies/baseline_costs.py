@@ -27,7 +27,8 @@ class StepCosts:
     Attributes:
         caps: [num_rows], the longest draft of each row; 0 where the length is fixed.
         samples: [num_rows], 1 for a row that yields a token without a draft.
-        verify_s: [sum of caps + 1], seconds to verify with 0, 1, ... draft tokens.
+        verify_s: [sum of caps and of proposed lookups + 1], seconds to verify with 0, 1, ... draft
+            tokens.
         forward_s: [rows with a cap + 1], seconds of a draft forward by the rows in it.
         call_s: seconds of a draft call before its first forward.
     """
@@ -49,12 +50,13 @@ class StepCosts:
         forward_s = step_time.forward_curve(len(drafting), context)
         first_s = step_time.draft_s([len(drafting)], 0, context) if drafting else 0.0
         fixed = sum(row.max_draft_tokens for row in rows if row.has_fixed_draft)
+        lookups = [row.lookup for row in rows if row.lookup and not row.max_draft_tokens]
         return cls(
             caps=caps,
             samples=np.array([row.samples for row in rows], dtype=np.int64),
             verify_s=step_time.verify_curve(
                 sum(len(row.token_ids) for row in rows) + fixed,
-                int(caps.sum()),
+                int(caps.sum()) + sum(len(lookup.token_ids) for lookup in lookups),
                 sum(row.num_computed_tokens for row in rows),
                 sum(len(row.token_ids) - row.samples for row in rows),
             ),
