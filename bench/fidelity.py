@@ -24,7 +24,7 @@ from bench.bench_options import ASSETS
 from bench.core_replay import WallClock
 from bench.in_process import Device, InProcess, on_profile
 from bench.outcome import Run
-from bench.record import ROOT, emit
+from bench.record import ROOT, emit, made_of
 from bench.report import style
 from bench.report.results import OURS
 from bench.report.steps import error_of, scatter
@@ -76,6 +76,7 @@ def main() -> None:
     emit(
         {
             "bench": "fidelity",
+            "pair": made_of(options.engines),
             "simulated_over_real": ratios,
             "worst": max(
                 abs(ratio - 1.0) for by_rate in ratios.values() for r in by_rate.values()

@@ -8,6 +8,7 @@ from typing import Any
 from bench.arms import DEFAULT_ARMS, check_arms
 from bench.bench_options import BenchOptions
 from bench.grid import Axes, Grid, Runner, Timing
+from bench.record import made_of
 from bench.workloads.catalogue import default_traces, find_prompts, find_trace
 from bench.workloads.objectives import DEFAULT_CLASSES, parse_classes
 from bench.workloads.plan import Lengths, Planner
@@ -66,7 +67,7 @@ def make_grid(options: BenchOptions, axes: Axes) -> Grid:
             num_flood=options.flood_requests or 3 * config.scheduler.max_num_seqs,
         ),
         output=options.output,
-        settings=_settings(options),
+        settings=_settings(options, config),
         with_requests=not options.summary_only,
     )
 
@@ -110,5 +111,8 @@ def _max_tokens(options: BenchOptions, config: Config) -> int:
     return min(limits)
 
 
-def _settings(options: BenchOptions) -> Mapping[str, Any]:
-    return {name: value for name, value in asdict(options).items() if name not in FREE}
+def _settings(options: BenchOptions, config: Config) -> Mapping[str, Any]:
+    settings = {name: value for name, value in asdict(options).items() if name not in FREE}
+    if options.mode != "simulated":
+        settings["pair"] = made_of(config.engine.dir)
+    return settings

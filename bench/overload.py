@@ -31,7 +31,7 @@ from rich.table import Table
 from bench.grpc_client import Answer, stream
 from bench.precision import native_precision
 from bench.prompts import held_out_prompts
-from bench.record import ROOT, emit
+from bench.record import ROOT, emit, made_of
 from bench.served import Served, serving
 from specserve.admission import Rejected
 from specserve.assemble import assemble
@@ -277,6 +277,7 @@ def main() -> None:
         {
             "bench": "overload",
             "engine": options.engine,
+            "pair": None if options.engine == "simulated" else made_of(options.engines),
             "held_share": round(loads[-1].goodput_rps / most_rps, 3),
             "peak_goodput_rps": round(most_rps, 2),
             "loads": [load.row() for load in loads],

@@ -30,7 +30,7 @@ from bench.extras import PEERS, require
 from bench.peers import Load, Peer
 from bench.precision import native_precision
 from bench.prompts import held_out_prompts
-from bench.record import ROOT, emit
+from bench.record import ROOT, emit, made_of
 from bench.served import serving
 from specserve.text import load_tokenizer
 
@@ -58,6 +58,7 @@ def compare(peers: dict[str, Peer], options: argparse.Namespace) -> None:
     emit(
         {
             "bench": "peers",
+            "pair": made_of(options.engines),
             "against_best_genai": _against(medians, "openvino_genai"),
             "rounds": {
                 f"{name}/{arm}/{c}": [round(rate, 2) for rate in values]
