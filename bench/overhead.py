@@ -93,7 +93,7 @@ async def _measure(server: Served, num_streams: int, options: argparse.Namespace
         before = await asyncio.to_thread(server.metrics)
         await run(options.seconds)
         after = await asyncio.to_thread(server.metrics)
-    return _row({name: after[name] - before[name] for name in after})
+    return _row({name: after[name] - before.get(name, 0.0) for name in after})
 
 
 def _row(delta: dict[str, float]) -> dict[str, Any]:
