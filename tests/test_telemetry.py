@@ -25,7 +25,7 @@ from specserve.predictor.profile import DraftSample, Profile, VerifySample
 from specserve.predictor.roofline import Prior, Roofline
 from specserve.predictor.step_time import StepTimeModel
 from specserve.predictor.store import fingerprint
-from specserve.telemetry import make_telemetry
+from specserve.telemetry import make_telemetry, tenants
 from specserve.telemetry.nvml import Nvml
 from specserve.telemetry.peaks import peak_of
 from specserve.telemetry.reading import Clocks, DeviceReading, Reading
@@ -406,6 +406,13 @@ def test_processes_that_come_while_they_are_counted_do_no_harm(gpu: FakeGpu) -> 
     assert read()[0].others_utilization == 0.0
 
 
+@pytest.fixture
+def only_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else is ours: in a container, process 1 may well be in the session of the tests."""
+    monkeypatch.setattr(tenants, "is_ours", lambda pid: pid == os.getpid())
+
+
+@pytest.mark.usefixtures("only_this_process")
 def test_what_others_take_is_taken_from_compute_and_bandwidth(gpu: FakeGpu) -> None:
     gpu.holders, gpu.shares = (os.getpid(), 1), ((os.getpid(), 60), (1, 30))
     sampler = make_sampler()
@@ -418,6 +425,7 @@ def test_process_ids_of_another_namespace_say_nothing() -> None:
     assert others_utilization([], [(1, 0.9)]) == 0.0
 
 
+@pytest.mark.usefixtures("only_this_process")
 def test_shares_of_one_process_are_averaged_and_bounded() -> None:
     own = os.getpid()
     assert others_utilization([own], [(1, 0.2), (1, 0.4), (own, 1.0)]) == pytest.approx(0.3)
@@ -432,8 +440,14 @@ def test_a_child_in_a_session_of_its_own_is_ours() -> None:
         finally:
             child.kill()
     assert is_ours(os.getpid())
-    assert not is_ours(1)
     assert not is_ours(999_999_999)
+
+
+def test_a_parent_in_another_session_is_a_stranger() -> None:
+    code = "from specserve.telemetry.tenants import *; print(is_ours(os.getppid()))"
+    command = [sys.executable, "-c", code]
+    seen = subprocess.run(command, start_new_session=True, capture_output=True, text=True)
+    assert seen.stdout == "False\n", seen.stderr
 
 
 def test_a_reading_without_clocks_leaves_them_out() -> None:
