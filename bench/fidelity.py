@@ -24,6 +24,7 @@ from bench.bench_options import ASSETS
 from bench.core_replay import WallClock
 from bench.in_process import Device, InProcess, on_profile
 from bench.outcome import Run
+from bench.precision import native_precision
 from bench.record import ROOT, emit, made_of
 from bench.report import style
 from bench.report.results import OURS
@@ -34,8 +35,8 @@ from bench.workloads.plan import Lengths, Plan, Planner
 from bench.workloads.prompts import standard_library
 from specserve import engines
 from specserve.config import load_config
-from specserve.predictor.measure import measure
-from specserve.predictor.store import load_or_measure
+from specserve.predictor.measure import Effort, measure
+from specserve.predictor.store import fingerprint
 from specserve.text import load_tokenizer
 
 LENGTH_SCALE, PROMPT_SCALE = 0.5, 0.0625  # of the trace's, as `specserve bench` has them
@@ -92,13 +93,13 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rate-rps", type=float, nargs="+", default=[0.5, 1.5])
+    parser.add_argument("--rate-rps", type=float, nargs="+", default=[0.25, 0.75])
     parser.add_argument("--policy", nargs="+", default=[PLAIN, OURS])
     parser.add_argument("--window-s", type=float, default=40.0)
     parser.add_argument("--warm-up-s", type=float, default=10.0, help="before it, not counted")
     parser.add_argument("--max-num-seqs", type=int, default=16)
     parser.add_argument("--engines", default=str(ROOT / "build" / "bench_target"))
-    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--precision", default=native_precision())
     parser.add_argument("--recording", type=Path, default=ASSETS / "acceptance_demo.npz")
     parser.add_argument("--figure", type=Path, help="PNG of predicted against measured step time")
     parser.add_argument("--output", type=Path, help="append the JSON line to this file")
@@ -109,7 +110,7 @@ def _pair(overrides: Sequence[str], recording: Path) -> Pair:
     config = load_config(None, overrides)
     info = engines.describe(config)
     draft, target = engines.make_draft_engine(config), engines.make_target_engine(config)
-    profile = load_or_measure(config, lambda marks: measure(draft, target, info, marks))
+    profile = measure(draft, target, info, fingerprint(config), Effort())  # not one of another day
     device = Device(draft, target, WallClock())
     real = InProcess(overrides, info, profile, lambda _: device)
     return Pair(real, on_profile(overrides, profile, recording))

@@ -162,7 +162,7 @@ class Check:
     def token_reader(self) -> Row:
         """Return the control of the paper's rule."""
         draft, by_book = self._textbook()
-        requests = self._requests(BY_BOOK, 2 * self._options.requests)
+        requests = self._requests(BY_BOOK, 4 * self._options.requests)
         served = self._pair.serve_with(requests, TokenReader(), draft, by_book)
         return Row(self.p_value(served), served)
 

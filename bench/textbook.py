@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specserve import sampling
-from specserve.batch import Batch, DraftPlan, Row, StepRecord
+from specserve.batch import Batch, DraftPlan, Row, StepRecord, Verified
 from specserve.engines.model_draft import ModelDraftEngine
 from specserve.engines.paged_model import FlatBatch, PagedModel
-from specserve.engines.sampler import Said, Segment
+from specserve.engines.sampler import Segment
 from specserve.policies import Unexplained
 
 
@@ -55,25 +55,24 @@ class TextbookSampler:
 
     def sample(
         self, flat: FlatBatch, logit_rows: NDArray[np.int64], segments: Sequence[Segment]
-    ) -> Said:
-        """Run one pass: what is said differs from the draft at the first rejected token."""
+    ) -> list[Verified]:
+        """Run one pass. See `Sampler`."""
         logits = self._model.forward(flat, logit_rows)
-        token_ids: list[int] = []
+        verified = []
         for segment in segments:
             rows = logits[segment.begin : segment.end]
-            params = [segment.row.sampling] * segment.length
-            token_ids += self._say(segment, sampling.target_probs(rows, params))
-        return Said(token_ids, [0.0] * len(token_ids))
+            target = sampling.target_probs(rows, [segment.row.sampling] * segment.length)
+            verified.append(Verified(self._say(segment, target)))
+        return verified
 
     def _say(self, segment: Segment, target: sampling.Floats) -> list[int]:
-        """Return a token for each row of `target`; those after a rejection do not count."""
+        """Return the accepted tokens and one more: of `target`'s last row, if all of them are."""
         said: list[int] = []
         for i, token_id in enumerate(segment.draft):
             proposal = self._draft.proposals[segment.row.key, segment.first_position + i]
-            if self._random.random() * proposal[token_id] < target[i, token_id]:
-                said.append(token_id)
-            else:
-                said.append(self._draw(np.maximum(target[i] - proposal, 0.0)))
+            if self._random.random() * proposal[token_id] >= target[i, token_id]:
+                return [*said, self._draw(np.maximum(target[i] - proposal, 0.0))]
+            said.append(token_id)
         return [*said, self._draw(target[-1])]
 
     def _draw(self, weights: sampling.Floats) -> int:

@@ -282,7 +282,7 @@ def test_a_step_may_be_captured_between_two_drafts(checkpoint: Any) -> None:
     engine, batch = TorchDraftEngine(model, max_draft_tokens=6, max_rows=8), draft_batch()
     expected = engine.draft(batch)
     for _ in range(20):
-        engine._take(CapStopper(), 8)
+        engine._take(CapStopper(8, 6, model.device), 8)
     assert (model.inputs.positions[:8] == -1).all()
     assert engine.draft(batch) == expected
 

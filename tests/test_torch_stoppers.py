@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,13 +13,13 @@ from conftest import step_time
 pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch")
 
-from specserve.engines.torch.stoppers import (  # noqa: E402
-    DeviceValueStopper,
-    HostStopper,
-    Stopper,
-    SurvivalStopper,
+from specserve.engines.torch.stoppers import STOPPERS, Stopper  # noqa: E402
+from specserve.policies.baseline_rules import (  # noqa: E402
+    BestLengthRule,
+    GoodputRule,
+    LengthRule,
+    ThresholdRule,
 )
-from specserve.policies.baseline_rules import ThresholdRule  # noqa: E402
 from specserve.predictor.acceptance import (  # noqa: E402
     JUDGE_PRIOR,
     NUM_JUDGE,
@@ -64,16 +66,39 @@ def value_rule(rng: np.random.Generator, num_rows: int) -> ValueRule:
     )
 
 
+def length_rule(
+    kind: type[LengthRule], slo_s: Sequence[float], rng: np.random.Generator, num_rows: int
+) -> LengthRule:
+    """Make a rule of one length, with rows of a fixed length, or a row without a draft, beside."""
+    model = step_time(int(rng.choice([4, 16, 64])), float(rng.choice([0.0002, 0.001, 0.004])))
+    caps = rng.choice([0.0, 2.0, MAX_DRAFT_TOKENS, MAX_DRAFT_TOKENS], num_rows)
+    recorded = float(rng.integers(3) * 20)
+    plain = rng.choice([1.0, np.inf])
+    return kind(
+        caps=caps,
+        verify_s=model.verify_curve(num_rows, int(caps.sum()), 100 * num_rows),
+        forward_s=model.forward_curve(int((caps > 0).sum()), 100 * num_rows),
+        prior=np.array([rng.uniform(0.3, 0.9) * recorded, recorded]),
+        base=np.array([num_rows, rng.uniform(0.0, 0.002), rng.choice(slo_s), plain]),
+    )
+
+
+# Of a step of the model above: loose, and one that some drafts break and some do not.
+STEP_SLO_S = (np.inf, 0.02)
+TOKEN_SLO_S = (np.inf, 0.005)
 RULES = {
-    "survival": (survival_rule, SurvivalStopper(MAX_ROWS, CPU)),
-    "value": (value_rule, DeviceValueStopper(MAX_ROWS, MAX_DRAFT_TOKENS, CPU)),
-    "threshold, asked on the host": (threshold_rule, HostStopper()),
+    "survival": (survival_rule, SurvivalRule),
+    "value": (value_rule, ValueRule),
+    "threshold": (threshold_rule, ThresholdRule),
+    "goodput": (partial(length_rule, GoodputRule, STEP_SLO_S), GoodputRule),
+    "best length": (partial(length_rule, BestLengthRule, TOKEN_SLO_S), BestLengthRule),
 }
 
 
 @pytest.mark.parametrize("kind", RULES)
 def test_rows_go_on_as_in_numpy(kind: str) -> None:
-    make, stopper = RULES[kind]
+    make, rule = RULES[kind]
+    stopper = STOPPERS[rule](MAX_ROWS, MAX_DRAFT_TOKENS, CPU)
     rng = np.random.default_rng(0)
     lengths = [number for _ in range(NUM_RULES) for number in run(make, stopper, rng)]
     assert 0.1 < np.mean(np.array(lengths) < MAX_DRAFT_TOKENS) < 0.95, "the rules say nothing"
@@ -86,6 +111,7 @@ def run(make: Any, stopper: Stopper, rng: np.random.Generator) -> list[int]:
     expected, active = rule.start(), np.arange(num_rows)
     stopper.load(rule)
     lengths = np.zeros(num_rows, dtype=int)
+    caps = getattr(rule, "caps", np.full(num_rows, MAX_DRAFT_TOKENS))
     for _ in range(MAX_DRAFT_TOKENS):
         lengths[active] += 1
         confidences = rng.beta(1.5, 0.7, MAX_ROWS)
@@ -93,6 +119,7 @@ def run(make: Any, stopper: Stopper, rng: np.random.Generator) -> list[int]:
         on = stopper.goes_on(torch.from_numpy(is_active), torch.from_numpy(confidences))
         active = active[expected.goes_on(active, confidences[active])]
         assert np.flatnonzero(on.numpy() & is_active).tolist() == active.tolist()
+        active = active[(caps[active] == 0) | (lengths[active] < caps[active])]
         if not len(active):
             break
     return lengths.tolist()

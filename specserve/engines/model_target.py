@@ -1,11 +1,10 @@
-"""Verification beside the model: one pass, the target's own token at every position, agreement."""
+"""Verification beside the model: one pass, and of each row the tokens that stand."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from specserve import sampling
 from specserve.batch import Batch, Row, Verified
 from specserve.engines.paged_model import FlatBatch, PagedModel, Span
 from specserve.engines.sampler import HostSampler, Sampler, Segment
@@ -36,15 +35,11 @@ class ModelTargetEngine:
         for row in batch.rows:
             self._look_back(row)
         logit_rows, segments = self._lay_out(batch, chosen, flat)
-        said = self._sampler.sample(flat, logit_rows, list(segments.values()))
+        verified = self._sampler.sample(flat, logit_rows, list(segments.values()))
         outputs = [Verified() for _ in batch.rows]
-        for i, segment in segments.items():
-            output = sampling.agree(said.token_ids[segment.begin : segment.end], segment.draft)
-            values: list[float] = []
-            if segment.row.sampling.return_log_probs:
-                values = said.log_probs[segment.begin : segment.begin + len(output)]
-            outputs[i] = Verified(output, values)
-            self._remember(segment.row, output)
+        for (i, segment), output in zip(segments.items(), verified, strict=True):
+            outputs[i] = output
+            self._remember(segment.row, output.output_token_ids)
         return outputs
 
     def release(self, keys: Sequence[int]) -> None:

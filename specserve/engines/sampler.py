@@ -1,4 +1,4 @@
-"""From logits to the target's own token at every position: the seam, and the way in numpy.
+"""From logits to the tokens a step emits: the seam, and the way in numpy.
 
 The seam lies here because logits should stay where they are computed: an engine on a device brings
 its own `Sampler` and hands over tokens.
@@ -6,13 +6,13 @@ its own `Sampler` and hands over tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from specserve import sampling
-from specserve.batch import Row
+from specserve.batch import Row, Verified
 from specserve.engines.paged_model import FlatBatch, PagedModel
 from specserve.sampling import Noise
 from specserve.sampling_params import SamplingParams
@@ -45,29 +45,21 @@ class Segment:
         return row.num_computed_tokens + len(row.token_ids) - row.num_prompt_tokens
 
 
-class Said(NamedTuple):
-    """The target's own token at each logits row.
-
-    Attributes:
-        token_ids: [r].
-        log_probs: [r], of these tokens, in the segments that want them.
-    """
-
-    token_ids: list[int]
-    log_probs: list[float]
-
-
 class Sampler(Protocol):
     """Runs a model and says which tokens follow."""
 
     def sample(
         self, flat: FlatBatch, logit_rows: NDArray[np.int64], segments: Sequence[Segment]
-    ) -> Said:
-        """Run one pass.
+    ) -> list[Verified]:
+        """Run one pass, draw the target's own token at every position, keep those that stand.
 
         Args:
             logit_rows: [r], rising, the tokens of the batch that are asked what follows them.
             segments: cover [0, r) in order.
+
+        Returns:
+            for each segment, what `specserve.sampling.agree` keeps of the target's own tokens, and
+            their log probabilities where they are wanted.
         """
 
 
@@ -80,16 +72,11 @@ class HostSampler:
 
     def sample(
         self, flat: FlatBatch, logit_rows: NDArray[np.int64], segments: Sequence[Segment]
-    ) -> Said:
+    ) -> list[Verified]:
         """Run one pass. See `Sampler`."""
         logits = self.model.forward(flat, logit_rows)
         token_ids: list[int] = self._target_tokens(logits, segments).tolist()
-        log_probs = [0.0] * len(token_ids)
-        for segment in segments:
-            if segment.row.sampling.return_log_probs:
-                rows = slice(segment.begin, segment.end)
-                log_probs[rows] = sampling.log_probs(logits[rows], token_ids[rows])
-        return Said(token_ids, log_probs)
+        return [_verified(segment, token_ids, logits) for segment in segments]
 
     def _target_tokens(
         self, logits: sampling.Floats, segments: Sequence[Segment]
@@ -122,6 +109,14 @@ class HostSampler:
             for s in segments
         ]
         return sampling.sample(probs, np.concatenate(noise))
+
+
+def _verified(segment: Segment, token_ids: list[int], logits: sampling.Floats) -> Verified:
+    output = sampling.agree(token_ids[segment.begin : segment.end], segment.draft)
+    if not segment.row.sampling.return_log_probs:
+        return Verified(output)
+    rows = logits[segment.begin : segment.begin + len(output)]
+    return Verified(output, sampling.log_probs(rows, output))
 
 
 def check_finite(best: NDArray[Any]) -> None:

@@ -12,13 +12,7 @@ from specserve.engines.paged_model import FlatBatch, Span
 from specserve.engines.torch import sampling
 from specserve.engines.torch.captured import Captured
 from specserve.engines.torch.model import TorchModel
-from specserve.engines.torch.stoppers import (
-    CapStopper,
-    DeviceValueStopper,
-    HostStopper,
-    Stopper,
-    SurvivalStopper,
-)
+from specserve.engines.torch.stoppers import STOPPERS, Stopper
 from specserve.engines.torch.transfer import LateAnswer, send
 from specserve.stop_rules import StopRule, SurvivalRule, ValueRule
 
@@ -28,8 +22,7 @@ class TorchDraftEngine:
 
     The host sends the rows once and reads the drafts once. In between it launches forwards, and
     hears after each one whether anybody was still drafting after the one before: it never waits for
-    work that it could wait for later, at the price of a last forward for nobody. Rules that only
-    the host knows are asked there, one wait after every forward.
+    work that it could wait for later, at the price of a last forward for nobody.
 
     Args:
         max_draft_tokens: the longest draft of a row.
@@ -50,16 +43,9 @@ class TorchDraftEngine:
         self._drafts = torch.zeros(shape, dtype=torch.float64, device=device)  # read in one copy
         self._token_ids, self._confidences = self._drafts[:-1].chunk(2)
         self._lengths = self._drafts[-1]
-        stoppers: dict[type, Stopper] = {
-            type(None): CapStopper(),
-            SurvivalRule: SurvivalStopper(max_rows, device),
-            ValueRule: DeviceValueStopper(max_rows, max_draft_tokens, device),
-        }
-        sizes = [size for size in model.sizes if size <= max_rows]
-        self._takes: dict[type, tuple[Stopper, Callable[[int], None]]] = {
-            kind: (stopper, Captured(partial(self._take, stopper), sizes, device))
-            for kind, stopper in stoppers.items()
-        }
+        self._takes: dict[type, tuple[Stopper, Callable[[int], None]]] = {}
+        for kind in (type(None), SurvivalRule, ValueRule):  # a baseline's, when one comes
+            self._take_by(kind)
 
     def draft(self, batch: Batch) -> list[Draft]:
         """Propose a continuation of each row. See `DraftEngine`."""
@@ -79,7 +65,7 @@ class TorchDraftEngine:
         num_rows, num_forwards = len(rows), max(row.max_draft_tokens for row in rows)
         assert num_forwards <= self._max_draft_tokens, f"a draft of {num_forwards} tokens"
         num_padded = self.model.padded(num_rows)
-        stopper, take = self._takes.get(type(rule)) or self._asking_host()
+        stopper, take = self._take_by(type(rule))
         self._sampled = _Sampled.of(rows, self.model)
         if self._sampled:
             take = partial(self._take, stopper)
@@ -88,15 +74,22 @@ class TorchDraftEngine:
         self._first_forward(rows)
         take(num_padded)
         for _ in range(num_forwards - 1):
-            if rule is not None and not self._is_anybody_left(stopper, num_padded):
+            if rule is not None and not self._anybody.ask(self._active[:num_padded].any()):
                 break
             self.model.run(num_padded)
             take(num_padded)
         return self._read(num_rows)
 
-    def _asking_host(self) -> tuple[Stopper, Callable[[int], None]]:
-        stopper = HostStopper()
-        return stopper, partial(self._take, stopper)
+    def _take_by(self, kind: type) -> tuple[Stopper, Callable[[int], None]]:
+        """Return the stopper of a kind of rules, and `_take` with it, captured."""
+        if kind not in self._takes:
+            self._sampled = None
+            max_rows, device = len(self._active), self.model.device
+            stopper = STOPPERS[kind](max_rows, self._max_draft_tokens, device)
+            sizes = [size for size in self.model.sizes if size <= max_rows]
+            take = Captured(partial(self._take, stopper), sizes, device)
+            self._takes[kind] = stopper, take
+        return self._takes[kind]
 
     def _begin(self, rows: Sequence[Row], num_padded: int) -> None:
         """Send what the loop must know of its rows; padding is a row that may not draft."""
@@ -134,10 +127,6 @@ class TorchDraftEngine:
         next_positions = self._next_positions[:num_rows]
         self.model.inputs.continue_rows(token_ids, torch.where(active, next_positions, -1))
         next_positions += 1
-
-    def _is_anybody_left(self, stopper: Stopper, num_rows: int) -> bool:
-        question = self._active[:num_rows].any()
-        return bool(question) if stopper.waits else self._anybody.ask(question)
 
     def _read(self, num_rows: int) -> list[Draft]:
         """Copy the drafts to the host: the one wait of the phase."""

@@ -5,27 +5,28 @@ the number of rows only: a row that has stopped is masked, not dropped. What the
 there; `tests/test_torch_stoppers.py` holds the two against each other.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from specserve.engines.torch.baseline_stoppers import (
+    BestLengthStopper,
+    GoodputStopper,
+    ThresholdStopper,
+)
 from specserve.engines.torch.transfer import send
+from specserve.policies.baseline_rules import BestLengthRule, GoodputRule, ThresholdRule
 from specserve.predictor.acceptance import EPS, JUDGE_COEFFICIENTS, SCOUT_COEFFICIENTS
-from specserve.stop_rules import StopRule, SurvivalRule, ValueRule, ValueStopper
+from specserve.stop_rules import SurvivalRule, ValueRule, ValueStopper
 
 INF = float("inf")
 
 
 class Stopper(Protocol):
-    """One kind of rule, on the device.
-
-    Attributes:
-        waits: an evaluation needs the host, so it cannot be part of a CUDA graph.
-    """
-
-    waits: bool
+    """One kind of rule, on the device; made for so many rows and draft tokens of a row."""
 
     def load(self, rule: Any) -> None:
         """Begin a step with a rule for its rows."""
@@ -45,7 +46,8 @@ class Stopper(Protocol):
 class CapStopper:
     """No rule: every row drafts up to its cap."""
 
-    waits = False
+    def __init__(self, max_rows: int, max_draft_tokens: int, device: torch.device) -> None:
+        pass
 
     def load(self, rule: None) -> None:
         """Nothing to load. See `Stopper`."""
@@ -55,31 +57,10 @@ class CapStopper:
         return active
 
 
-class HostStopper:
-    """Any other rule, evaluated by itself on the host: one wait after every forward."""
-
-    waits = True
-
-    def load(self, rule: StopRule) -> None:
-        """Begin a step. See `Stopper`."""
-        self._stopper = rule.start()
-
-    def goes_on(self, active: Tensor, confidences: Tensor) -> Tensor:
-        """Ask the rule. See `Stopper`."""
-        is_active = active.cpu().numpy()
-        rows = np.flatnonzero(is_active)
-        on = np.zeros_like(is_active)
-        if len(rows):
-            on[rows] = self._stopper.goes_on(rows, confidences.cpu().numpy()[rows])
-        return send(on, active.device)
-
-
 class SurvivalStopper:
     """`SurvivalRule`: stop below a calibrated survival."""
 
-    waits = False
-
-    def __init__(self, max_rows: int, device: torch.device) -> None:
+    def __init__(self, max_rows: int, max_draft_tokens: int, device: torch.device) -> None:
         self._rows = torch.zeros((2, max_rows), dtype=torch.float64, device=device)
         self._min_survival, self._survival = self._rows
         self._weights = torch.zeros(2, dtype=torch.float64, device=device)
@@ -110,9 +91,8 @@ class DeviceValueStopper:
     Args:
         max_rows: of the step, whoever proposes for them.
         max_draft_tokens: of a row.
+        device: where its numbers live.
     """
-
-    waits = False
 
     def __init__(self, max_rows: int, max_draft_tokens: int, device: torch.device) -> None:
         self._device = device
@@ -193,6 +173,16 @@ class DeviceValueStopper:
         bar = ValueStopper.ROW_SHARE * rate * rise / (end - start).clamp(min=1)
         least = gains.gather(0, (best - 1).clamp(min=0))
         return torch.where(best > 0, torch.minimum(bar, least), bar)
+
+
+STOPPERS: dict[type, Callable[[int, int, torch.device], Stopper]] = {
+    type(None): CapStopper,
+    SurvivalRule: SurvivalStopper,
+    ValueRule: DeviceValueStopper,
+    ThresholdRule: ThresholdStopper,
+    GoodputRule: GoodputStopper,
+    BestLengthRule: BestLengthStopper,
+}
 
 
 def _merged(gains: Tensor, more: Tensor, which: Tensor) -> Tensor:
