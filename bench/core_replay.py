@@ -15,6 +15,7 @@ from specserve.admission import Rejected
 from specserve.core import SpecServe
 from specserve.request import FinishReason, Request
 
+FIRST_KEY = 1
 COMPLETE = (FinishReason.LENGTH, FinishReason.END_ID)
 
 
@@ -46,7 +47,7 @@ def replay(
     clock: Clock,
     draft_source: str,
     start_s: float | None = None,
-    first_key: int = 1,
+    first_key: int = FIRST_KEY,
 ) -> list[Outcome]:
     """Submit requests when they arrive, step until all have ended, note when tokens came.
 

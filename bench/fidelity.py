@@ -1,7 +1,8 @@
 """Do predictions come true: of a step's time, and of a simulated run's TTFT and TPOT?
 
 Method: one window of a trace is replayed by a server core on the real engines, and again, with the
-same profile, plan and policy, on the simulated engine, whose acceptance comes from a recording.
+same profile, plan and policy, on the simulated engine. What that accepts was recorded before, along
+the target's own continuations of these very prompts.
 Reported: simulated over real TTFT and TPOT (aim: within 10 %), and how far the controller's own
 predictions were off, over the real run's steps. `--figure` draws these steps, a panel for each
 rate. Everything drafts with the draft model, since a simulated text cannot be looked up.
@@ -13,19 +14,18 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from matplotlib import rc_context
 from rich.console import Console
 from rich.table import Table
 
 from bench.arms import PLAIN, arm_overrides
-from bench.bench_options import ASSETS
-from bench.core_replay import WallClock
-from bench.in_process import Device, InProcess, on_profile
+from bench.core_replay import FIRST_KEY, WallClock
+from bench.in_process import WARM_UP_KEY, Device, InProcess, on_profile
 from bench.outcome import Run
 from bench.precision import native_precision
 from bench.record import ROOT, emit, made_of
+from bench.record_acceptance import record
 from bench.report import style
 from bench.report.results import OURS
 from bench.report.steps import error_of, scatter
@@ -34,20 +34,32 @@ from bench.workloads.catalogue import find_trace
 from bench.workloads.plan import Lengths, Plan, Planner
 from bench.workloads.prompts import standard_library
 from specserve import engines
-from specserve.config import load_config
+from specserve.config import PolicyConfig, load_config
+from specserve.engines.simulated import RecordedAcceptance
 from specserve.predictor.measure import Effort, measure
 from specserve.predictor.store import fingerprint
 from specserve.text import load_tokenizer
 
 LENGTH_SCALE, PROMPT_SCALE = 0.5, 0.0625  # of the trace's, as `specserve bench` has them
+MAX_DRAFT_TOKENS = PolicyConfig().max_draft_tokens
 AIM = 0.1
 
 
-class Pair(NamedTuple):
-    """What replays on the engines, and what replays in virtual time."""
+class OwnTexts(RecordedAcceptance):
+    """Replays to every request what was recorded along its own text."""
 
-    real: InProcess
-    simulated: InProcess
+    @classmethod
+    def of(cls, warm_up: Plan, plan: Plan) -> "OwnTexts":
+        """Record the demo pair on both plans' prompts."""
+        requests = [*warm_up.requests, *plan.requests]
+        num_positions = max(request.num_output_tokens for request in requests)
+        prompts = [request.prompt_token_ids for request in requests]
+        texts = cls(*record(prompts, num_positions, MAX_DRAFT_TOKENS))
+        keys = [WARM_UP_KEY + i for i in range(len(warm_up.requests))]
+        keys += [FIRST_KEY + i for i in range(len(plan.requests))]
+        # A request with n tokens out is at position n - 1 of the recording.
+        texts._places.update({key: (text, -1) for text, key in enumerate(keys)})
+        return texts
 
 
 def main() -> None:
@@ -57,19 +69,21 @@ def main() -> None:
         f"engine.dir={options.engines}", f"engine.precision={options.precision}",
         "policy.draft_source=model", f"scheduler.max_num_seqs={options.max_num_seqs}",
     ]  # fmt: skip
-    pair, planner = _pair(overrides, options.recording), _planner(overrides)
+    real, planner = _on_engines(overrides), _planner(overrides)
     started = time.perf_counter()
     runs: dict[float, Run] = {}
     ratios: dict[str, dict[str, dict[str, float]]] = {}
     for rate_rps in options.rate_rps:
         plan = planner.window(rate_rps, options.window_s, seed=1)
         warm_up = planner.window(rate_rps, options.warm_up_s, seed=2)
+        texts = OwnTexts.of(warm_up, plan)
+        simulated = on_profile(overrides, real.profile, lambda _, texts=texts: texts)
         for arm in options.policy:
-            real = pair.real.run(arm_overrides(arm), warm_up, plan)
-            simulated = pair.simulated.run(arm_overrides(arm), warm_up, plan)
-            ratios.setdefault(arm, {})[f"{rate_rps:g}"] = _ratios(simulated, real, plan)
+            run = real.run(arm_overrides(arm), warm_up, plan)
+            again = simulated.run(arm_overrides(arm), warm_up, plan)
+            ratios.setdefault(arm, {})[f"{rate_rps:g}"] = _ratios(again, run, plan)
             if arm == OURS:
-                runs[rate_rps] = real
+                runs[rate_rps] = run
     errors = {f"{rate:g}": error_of(run.steps) for rate, run in runs.items()}
     _print(ratios)
     if options.figure:
@@ -100,20 +114,19 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--max-num-seqs", type=int, default=16)
     parser.add_argument("--engines", default=str(ROOT / "build" / "bench_target"))
     parser.add_argument("--precision", default=native_precision())
-    parser.add_argument("--recording", type=Path, default=ASSETS / "acceptance_demo.npz")
     parser.add_argument("--figure", type=Path, help="PNG of predicted against measured step time")
     parser.add_argument("--output", type=Path, help="append the JSON line to this file")
     return parser.parse_args()
 
 
-def _pair(overrides: Sequence[str], recording: Path) -> Pair:
+def _on_engines(overrides: Sequence[str]) -> InProcess:
+    """Load the engines and measure them now: a machine shared with others changes by the hour."""
     config = load_config(None, overrides)
     info = engines.describe(config)
     draft, target = engines.make_draft_engine(config), engines.make_target_engine(config)
-    profile = measure(draft, target, info, fingerprint(config), Effort())  # not one of another day
+    profile = measure(draft, target, info, fingerprint(config), Effort())
     device = Device(draft, target, WallClock())
-    real = InProcess(overrides, info, profile, lambda _: device)
-    return Pair(real, on_profile(overrides, profile, recording))
+    return InProcess(overrides, info, profile, lambda _: device)
 
 
 def _planner(overrides: Sequence[str]) -> Planner:

@@ -5,6 +5,7 @@ The very scheduler, policies and step that serve.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from bench.core_replay import Clock, WallClock, replay
@@ -16,7 +17,12 @@ from specserve.assemble import assemble
 from specserve.config import Config, load_config
 from specserve.core import SpecServe
 from specserve.engines import DraftEngine, EngineInfo, TargetEngine
-from specserve.engines.simulated import RecordedAcceptance, SimulatedPair, VirtualClock
+from specserve.engines.simulated import (
+    AcceptanceProcess,
+    RecordedAcceptance,
+    SimulatedPair,
+    VirtualClock,
+)
 from specserve.pacing import Pacer
 from specserve.policies import make_policy, needs_profile
 from specserve.predictor.measure import measure
@@ -55,7 +61,7 @@ class InProcess:
     ) -> None:
         self._overrides = overrides
         self._info = info
-        self._profile = profile
+        self.profile = profile
         self._device_for = device_for
 
     def run(self, overrides: Sequence[str], warm_up: Plan | None, plan: Plan) -> Run:
@@ -71,7 +77,7 @@ class InProcess:
         return Run(outcomes, recorder.steps)
 
     def _core(self, config: Config, device: Device) -> tuple[SpecServe, StepRecorder]:
-        step_time = StepTimeModel(self._profile)
+        step_time = StepTimeModel(self.profile)
         recorder = StepRecorder(make_policy(config.policy, step_time), device.clock)
         core = assemble(
             config,
@@ -99,17 +105,25 @@ def on_engines(overrides: Sequence[str]) -> InProcess:
 def simulated(overrides: Sequence[str], profile_path: Path, recording: Path) -> InProcess:
     """Simulate a pair that takes the profile's times and accepts as recorded."""
     overrides = ["policy.draft_source=model", *overrides]  # there are no texts to look up
-    return on_profile(overrides, Profile.load(profile_path), recording)
+    return on_profile(
+        overrides, Profile.load(profile_path), partial(RecordedAcceptance.load, recording)
+    )
 
 
-def on_profile(overrides: Sequence[str], profile: Profile, recording: Path) -> InProcess:
-    """Simulate a pair on a profile; the overrides must leave drafting to the draft model."""
+def on_profile(
+    overrides: Sequence[str], profile: Profile, process_for: Callable[[int], AcceptanceProcess]
+) -> InProcess:
+    """Simulate a pair on a profile; the overrides must leave drafting to the draft model.
+
+    Args:
+        process_for: makes what is accepted in a window from its seed.
+    """
     config = load_config(None, overrides)
     truth = StepTimeModel(profile)
 
     def device_for(seed: int) -> Device:
         clock = VirtualClock()
-        pair = SimulatedPair(truth, clock, RecordedAcceptance.load(recording, seed))
+        pair = SimulatedPair(truth, clock, process_for(seed))
         return Device(pair, pair, clock)
 
     return InProcess(overrides, simulated_info(config), profile, device_for)

@@ -8,6 +8,7 @@ Example: python -m bench.record_acceptance --output tests/assets/acceptance_demo
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,35 +34,44 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=8)
     options = parser.parse_args()
-    confidences, num_accepted = record(options.texts, options.positions, options.tokens)
+    tokenizer = load_tokenizer(Path(load_config().engine.dir) / "target")
+    prompts = held_out_prompts(tokenizer, options.texts, PROMPT_TOKENS)
+    confidences, num_accepted = record(prompts, options.positions, options.tokens)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(options.output, confidences=confidences, num_accepted=num_accepted)
     by_position = [float((num_accepted > j).mean().round(3)) for j in range(options.tokens)]
     emit({"bench": "record_acceptance", "accepted_at_least": by_position})
 
 
-def record(num_texts: int, num_positions: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return confidences [texts, positions, k] and matches [texts, positions], in f32."""
+def record(
+    prompts: Sequence[list[int]], num_positions: int, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Let the demo pair, in f32, continue each prompt and draft along.
+
+    An inflated pair has its text, and the draft of the demo pair.
+
+    Returns:
+        confidences [texts, positions, k], and how many of the k tokens match, [texts, positions].
+        At position 0 the target has given one token.
+    """
     config = load_config(None, ["engine.precision=f32"])
     info = engines.describe(config)
     target, draft = engines.make_target_engine(config), engines.make_draft_engine(config)
-    tokenizer = load_tokenizer(Path(config.engine.dir) / "target")
-    prompts = held_out_prompts(tokenizer, num_texts, PROMPT_TOKENS)
-    confidences = np.zeros((num_texts, num_positions, k), dtype=np.float32)
-    num_accepted = np.zeros((num_texts, num_positions), dtype=np.int8)
-    for first in track(range(0, num_texts, GROUP), "recording"):
+    confidences = np.zeros((len(prompts), num_positions, k), dtype=np.float32)
+    num_accepted = np.zeros((len(prompts), num_positions), dtype=np.int8)
+    for first in track(range(0, len(prompts), GROUP), "recording", transient=True):
         blocks = BlockManager(info.num_blocks, info.block_size)
         group = prompts[first : first + GROUP]
         rows = [Row(i + 1, 0, list(p), True, [], len(p)) for i, p in enumerate(group)]
         for row in rows:
-            blocks.extend(row.block_table, PROMPT_TOKENS + num_positions + 2 * k + 1)
+            blocks.extend(row.block_table, row.num_prompt_tokens + num_positions + 2 * k + 1)
         texts = _continue(target, rows, group, num_positions + k)
         _draft_along(draft, rows, texts, confidences[first:], num_accepted[first:])
     return confidences, num_accepted
 
 
 def _continue(
-    target: engines.TargetEngine, rows: list[Row], prompts: list[list[int]], num_tokens: int
+    target: engines.TargetEngine, rows: list[Row], prompts: Sequence[list[int]], num_tokens: int
 ) -> list[list[int]]:
     """Let the target write `num_tokens` tokens more; return prompts and continuations."""
     texts = [list(prompt) for prompt in prompts]
@@ -85,13 +95,13 @@ def _draft_along(
     """Draft from every position of the texts and compare, writing into the arrays in place."""
     _, num_positions, k = confidences.shape
     for position in range(num_positions):
-        end = PROMPT_TOKENS + position + 1  # the first output token comes from the target alone
-        for row, text in zip(rows, texts, strict=True):
+        ends = [row.num_prompt_tokens + position + 1 for row in rows]  # the target gives the first
+        for row, text, end in zip(rows, texts, ends, strict=True):
             row.max_draft_tokens = k
             row.num_draft_computed_tokens = 0 if position == 0 else end - 1
             row.catch_up_token_ids = text[row.num_draft_computed_tokens : end]
         for i, proposal in enumerate(draft.draft(Batch(rows))):
-            truth = texts[i][end : end + k]
+            truth = texts[i][ends[i] : ends[i] + k]
             matches = [a == b for a, b in zip(proposal.token_ids, truth, strict=False)]
             confidences[i, position] = proposal.confidences
             num_accepted[i, position] = [*matches, False].index(False)
