@@ -125,15 +125,16 @@ class Loop:
             outputs = self.core.step()
             self.is_healthy = True
         except Exception as error:
-            logger.exception("step failed; every request in flight ends")
+            logger.exception("step failed; every request that runs ends")
             self.is_healthy = False
-            self._fail_all(error)
+            self._fail_running(error)
         else:
             self._guarded(lambda: self._sink(outputs))
 
-    def _fail_all(self, error: Exception) -> None:
+    def _fail_running(self, error: Exception) -> None:
+        """End who was in the step; who waits has the next one. If nobody was, end everybody."""
         scheduler = self.core.scheduler
-        requests = scheduler.requests
+        requests = list(scheduler.running) or scheduler.requests
         for request in requests:
             scheduler.abort(request.key, FinishReason.ERROR)
         self._on_error(requests, error)

@@ -14,9 +14,9 @@ from paged_lm import FlakyLM, PagedLM, plain_decode
 
 from specserve.assemble import assemble
 from specserve.batch import Batch, Draft, DraftPlan, Row, StepRecord, Verified
-from specserve.config import Config, PolicyConfig, SchedulerConfig
+from specserve.config import CHECKPOINTS, Config, PolicyConfig, SchedulerConfig, load_config
 from specserve.core import SpecServe
-from specserve.engines import EngineInfo
+from specserve.engines import EngineInfo, describe
 from specserve.engines.guarded import GuardedDraftEngine
 from specserve.engines.model_draft import ModelDraftEngine
 from specserve.engines.model_target import ModelTargetEngine
@@ -318,6 +318,12 @@ def test_a_longer_sequence_limit_than_the_engines_is_refused() -> None:
     config = Config(scheduler=SchedulerConfig(max_seq_len=65))
     with pytest.raises(ValueError, match=r"max_seq_len is 65: the engines were built for 64"):
         assemble_scripted(config)
+
+
+def test_a_pair_built_for_another_engine_is_refused() -> None:
+    config = load_config(None, [f"engine.dir={CHECKPOINTS}"])
+    with pytest.raises(ValueError, match="built for torch: build a pair for openvino with"):
+        describe(config)
 
 
 def test_the_engines_own_limit_is_the_default() -> None:

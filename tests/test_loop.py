@@ -134,6 +134,34 @@ def test_a_failing_target_ends_the_requests_in_flight_and_the_loop_goes_on(
     assert client.loop.is_healthy
 
 
+class FailsOnceLM(PagedLM):
+    """Fails in its first pass."""
+
+    has_failed = False
+
+    def forward(self, batch, logit_rows):  # type: ignore[no-untyped-def]
+        if not self.has_failed:
+            self.has_failed = True
+            raise RuntimeError("the model failed")
+        return super().forward(batch, logit_rows)
+
+
+def test_who_waits_does_not_end_with_a_step_it_was_not_in(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL)
+    target = FailsOnceLM(64, 4)
+    client = Client(make_core(target=target, clock=time.perf_counter, max_num_seqs=1))
+    first, second = requests = [make_request([i, 2], 4) for i in range(2)]
+    for request in requests:
+        client.loop.submit(request)
+    client.loop.start()
+    try:
+        assert client.failures.get(timeout=WAIT_S)[0] == [first]
+        client.finish(second)
+        assert second.token_ids[2:] == plain_decode(target, [1, 2], 4, second.sampling)
+    finally:
+        client.loop.stop()
+
+
 def test_an_idle_loop_asks_its_clock_nothing_and_wakes_at_once() -> None:
     """Guards against polling: between requests the thread must wait, not look."""
     looks = 0

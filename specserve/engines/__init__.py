@@ -111,6 +111,12 @@ def describe(config: Config) -> EngineInfo:
         compiled = import_module("specserve.engines.tensorrt_llm.limits")
         info: EngineInfo = compiled.describe(config, draft, target)
         return info
+    if target.engine != config.engine.name:
+        raise ValueError(
+            f"engine.dir is {folder}, built for {target.engine}: build a pair for "
+            f"{config.engine.name} with python -m build_engines pair --engine {config.engine.name},"
+            f" set engine.name={target.engine}, or leave engine.dir out for the demo pair"
+        )
     block_size = config.engine.block_size
     limits = config.scheduler
     is_captured = config.engine.device == "cuda"

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from specserve import manifest
 from specserve.config import Config
 from specserve.engines import describe
 from specserve.engines.model_target import ModelTargetEngine
@@ -35,7 +34,7 @@ def make_target(config: Config) -> ModelTargetEngine:
 def _load(config: Config, role: str) -> TorchModel:
     info, engine = describe(config), config.engine
     folder = Path(engine.dir) / role
-    _check(config, manifest.load(folder).engine)
+    _check(config)
     if engine.num_threads:
         torch.set_num_threads(engine.num_threads)
     return TorchModel(
@@ -55,18 +54,13 @@ def _max_rows(config: Config) -> int:
     return max(config.scheduler.max_num_seqs, *DRAFT_ROWS)
 
 
-def _check(config: Config, built_for: str) -> None:
+def _check(config: Config) -> None:
     """Refuse what cannot work here.
 
     Raises:
         ValueError: naming the value, the limit and the fix.
     """
     engine = config.engine
-    if built_for != "torch":
-        raise ValueError(
-            f"engine.dir is {engine.dir}, built for {built_for}: build a pair for torch with "
-            "python -m build_engines pair --engine torch, or leave engine.dir out for the demo pair"
-        )
     if engine.precision not in PRECISIONS:
         raise ValueError(
             f"engine.precision is '{engine.precision}': torch supports {', '.join(PRECISIONS)}"
