@@ -2,9 +2,12 @@
 
 Method: one window of a trace is replayed by a server core on the real engines, and again, with the
 same profile, plan and policy, on the simulated engine. What that accepts was recorded before, along
-the target's own continuations of these very prompts.
-Reported: simulated over real TTFT and TPOT (aim: within 10 %), and how far the controller's own
-predictions were off, over the real run's steps. `--figure` draws these steps, a panel for each
+the target's own continuations of these very prompts. A machine shared with others is faster or
+slower by the minute, so the profile is also replayed at the speed that the machine had in the run:
+all of it times one number, verification time measured over predicted.
+Reported: that number; simulated over real TTFT and TPOT, at the machine's speed (aim: within 10 %)
+and as the profile was measured; and how far the controller's own predictions were off, over the
+real run's steps. `--figure` draws these steps, a panel for each
 rate. Everything drafts with the draft model, since a simulated text cannot be looked up.
 
 Example: python -m bench.fidelity --figure bench/results/step_time.png
@@ -13,7 +16,9 @@ Example: python -m bench.fidelity --figure bench/results/step_time.png
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib import rc_context
 from rich.console import Console
@@ -34,15 +39,34 @@ from bench.workloads.catalogue import find_trace
 from bench.workloads.plan import Lengths, Plan, Planner
 from bench.workloads.prompts import standard_library
 from specserve import engines
+from specserve.batch import Batch, Verified
 from specserve.config import PolicyConfig, load_config
-from specserve.engines.simulated import RecordedAcceptance
+from specserve.engines.simulated import RecordedAcceptance, target_pass
 from specserve.predictor.measure import Effort, measure
+from specserve.predictor.profile import Profile
+from specserve.predictor.step_time import StepTimeModel
 from specserve.predictor.store import fingerprint
 from specserve.text import load_tokenizer
 
 LENGTH_SCALE, PROMPT_SCALE = 0.5, 0.0625  # of the trace's, as `specserve bench` has them
 MAX_DRAFT_TOKENS = PolicyConfig().max_draft_tokens
 AIM = 0.1
+
+
+class Result(NamedTuple):
+    """One window under one policy.
+
+    Attributes:
+        slowness: verification time over that of the profile.
+        ratios: simulated over real latencies, on a profile that many times slower.
+        as_profiled: the same on the profile as it was measured.
+    """
+
+    policy: str
+    rate_rps: float
+    slowness: float
+    ratios: dict[str, float]
+    as_profiled: dict[str, float]
 
 
 class OwnTexts(RecordedAcceptance):
@@ -69,40 +93,41 @@ def main() -> None:
         f"engine.dir={options.engines}", f"engine.precision={options.precision}",
         "policy.draft_source=model", f"scheduler.max_num_seqs={options.max_num_seqs}",
     ]  # fmt: skip
-    real, planner = _on_engines(overrides), _planner(overrides)
+    device, planner = _Device(overrides), _planner(overrides)
     started = time.perf_counter()
     runs: dict[float, Run] = {}
-    ratios: dict[str, dict[str, dict[str, float]]] = {}
+    results: list[Result] = []
     for rate_rps in options.rate_rps:
         plan = planner.window(rate_rps, options.window_s, seed=1)
         warm_up = planner.window(rate_rps, options.warm_up_s, seed=2)
         texts = OwnTexts.of(warm_up, plan)
-        simulated = on_profile(overrides, real.profile, lambda _, texts=texts: texts)
         for arm in options.policy:
-            run = real.run(arm_overrides(arm), warm_up, plan)
-            again = simulated.run(arm_overrides(arm), warm_up, plan)
-            ratios.setdefault(arm, {})[f"{rate_rps:g}"] = _ratios(again, run, plan)
+            real = device.run(arm_overrides(arm), warm_up, plan)
+            slowness = device.take_slowness()
+            ratios = []
+            for profile in (scaled(device.profile, slowness), device.profile):
+                simulated = on_profile(overrides, profile, lambda _, texts=texts: texts)
+                again = simulated.run(arm_overrides(arm), warm_up, plan)
+                ratios.append(_ratios(again, real, plan))
+            results.append(Result(arm, rate_rps, round(slowness, 3), *ratios))
             if arm == OURS:
-                runs[rate_rps] = run
+                runs[rate_rps] = real
     errors = {f"{rate:g}": error_of(run.steps) for rate, run in runs.items()}
-    _print(ratios)
+    _print(results)
     if options.figure:
         _draw(runs, options.figure)
     emit(
         {
             "bench": "fidelity",
             "pair": made_of(options.engines),
-            "simulated_over_real": ratios,
-            "worst": max(
-                abs(ratio - 1.0) for by_rate in ratios.values() for r in by_rate.values()
-                for ratio in r.values()
-            ),
+            "simulated_over_real": [result._asdict() for result in results],
+            "worst": max(abs(ratio - 1.0) for r in results for ratio in r.ratios.values()),
             "step_time_error": {r: error and error._asdict() for r, error in errors.items()},
             "wall_s": round(time.perf_counter() - started, 1),
             "config": vars(options),
         },
         options.output,
-    )  # fmt: skip
+    )
 
 
 def _parse() -> argparse.Namespace:
@@ -119,14 +144,42 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _on_engines(overrides: Sequence[str]) -> InProcess:
-    """Load the engines and measure them now: a machine shared with others changes by the hour."""
-    config = load_config(None, overrides)
-    info = engines.describe(config)
-    draft, target = engines.make_draft_engine(config), engines.make_target_engine(config)
-    profile = measure(draft, target, info, fingerprint(config), Effort())
-    device = Device(draft, target, WallClock())
-    return InProcess(overrides, info, profile, lambda _: device)
+class _Device:
+    """The engines, measured now, and how much slower than then a run has found them."""
+
+    def __init__(self, overrides: Sequence[str]) -> None:
+        config = load_config(None, overrides)
+        info = engines.describe(config)
+        draft, self._target = engines.make_draft_engine(config), engines.make_target_engine(config)
+        self.profile = measure(draft, self._target, info, fingerprint(config), Effort())
+        self._step_time = StepTimeModel(self.profile)
+        self._measured_s = self._predicted_s = 0.0
+        self.release = self._target.release
+        device = Device(draft, self, WallClock())
+        self.run = InProcess(overrides, info, self.profile, lambda _: device).run
+
+    def verify(self, batch: Batch, chosen: Sequence[Sequence[int]]) -> list[Verified]:
+        """Verify, and note how long it took and should have taken. See `TargetEngine`."""
+        started = time.perf_counter()
+        verified = self._target.verify(batch, chosen)
+        self._measured_s += time.perf_counter() - started
+        self._predicted_s += self._step_time.verify_s(*target_pass(batch, chosen))
+        return verified
+
+    def take_slowness(self) -> float:
+        """Return seconds of verification per second predicted, since it was asked last."""
+        slowness = self._measured_s / self._predicted_s
+        self._measured_s = self._predicted_s = 0.0
+        return slowness
+
+
+def scaled(profile: Profile, slowness: float) -> Profile:
+    """Return the profile of a machine so many times slower."""
+    return replace(
+        profile,
+        verify=tuple(replace(s, seconds=s.seconds * slowness) for s in profile.verify),
+        draft=tuple(replace(s, seconds=s.seconds * slowness) for s in profile.draft),
+    )
 
 
 def _planner(overrides: Sequence[str]) -> Planner:
@@ -147,13 +200,14 @@ def _ratios(simulated: Run, real: Run, plan: Plan) -> dict[str, float]:
     }
 
 
-def _print(ratios: dict[str, dict[str, dict[str, float]]]) -> None:
-    table = Table(title=f"Simulated over real; aim: within {AIM:.0%}")
-    for column in ("policy", "requests/s", "TTFT mean", "TTFT P50", "TPOT mean", "TPOT P50"):
+def _print(results: Sequence[Result]) -> None:
+    table = Table(title=f"Simulated over real; aim: within {AIM:.0%}, at the machine's speed")
+    latencies = ("TTFT mean", "TTFT P50", "TPOT mean", "TPOT P50")
+    for column in ("policy", "requests/s", "slowness", *latencies, "as profiled: TPOT mean"):
         table.add_column(column, justify="left" if column == "policy" else "right")
-    for arm, by_rate in ratios.items():
-        for rate, values in by_rate.items():
-            table.add_row(arm, rate, *(f"{value:.2f}" for value in values.values()))
+    for result in results:
+        values = [result.slowness, *result.ratios.values(), result.as_profiled["tpot_mean"]]
+        table.add_row(result.policy, f"{result.rate_rps:g}", *(f"{value:.2f}" for value in values))
     Console(width=100).print(table)
 
 

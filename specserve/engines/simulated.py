@@ -136,14 +136,19 @@ class SimulatedPair:
             would = self.process.at(*_place(row))[1]
             accepted = min(len(draft), would)
             outputs.append(Verified([0] * accepted + [int(would <= accepted)]))
-        num_tokens = batch.num_base_tokens + sum(len(draft) for draft in chosen)
-        context = sum(row.num_computed_tokens for row in batch.rows)
-        prompt = sum(len(row.token_ids) - row.samples for row in batch.rows)
-        self.clock.advance(self.truth.verify_s(num_tokens, context, prompt))
+        self.clock.advance(self.truth.verify_s(*target_pass(batch, chosen)))
         return outputs
 
     def release(self, keys: Sequence[int]) -> None:
         """Nothing is kept."""
+
+
+def target_pass(batch: Batch, chosen: Sequence[Sequence[int]]) -> tuple[int, int, int]:
+    """Return target tokens, context tokens and prompt tokens, as `verify_s` takes them."""
+    num_tokens = batch.num_base_tokens + sum(len(draft) for draft in chosen)
+    context = sum(row.num_computed_tokens for row in batch.rows)
+    prompt = sum(len(row.token_ids) - row.samples for row in batch.rows)
+    return num_tokens, context, prompt
 
 
 def _place(row: Row) -> tuple[int, int]:
