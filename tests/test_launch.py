@@ -457,6 +457,22 @@ def test_dead_model_is_noticed_and_does_not_hold_up_the_stop(
 
 
 @pytest.mark.triton
+def test_open_connection_does_not_hold_up_the_stop_once_nothing_is_in_flight(
+    start: Callable[[Path], TritonProcess], add_model: Callable[[str, str], Path]
+) -> None:
+    """Triton alone would wait for its exit timeout: its client may have gone, or be idle."""
+    server = start(add_model("echo", ECHO_MODEL))
+    server.wait_until_ready(30.0)
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.options.http_port)) as c:
+        c.request("GET", "/v2/health/ready")
+        c.getresponse().read()
+        started_s = time.monotonic()
+        server.stop(is_busy=lambda: False)
+        assert time.monotonic() - started_s < 8.0
+    assert server.pids() == []
+
+
+@pytest.mark.triton
 def test_interrupted_serve_drains_and_leaves_nothing(
     tmp_path: Path,
     installation: TritonInstallation,

@@ -38,7 +38,8 @@ class ServeOptions:
         config_path: the resolved configuration, handed to the models in SPECSERVE_CONFIG.
         engine_dir: only checked here; the models find it in the configuration.
         openai: the OpenAI endpoint beside the server; None starts none.
-        drain_timeout_s: how long requests in flight and idle HTTP connections may hold up the end.
+        drain_timeout_s: how long requests in flight may hold up the end; with a repository of other
+            models, open HTTP connections as well.
         shows_log: move the server's log to standard error, as containers want it.
         reloaded_models: the server loads these again by itself if their process dies.
         reload_timeout_s: how long that may take before everything is started anew.
@@ -155,9 +156,10 @@ def _serve_once(
             _say(_farewell(options))
         return failure
     finally:
+        in_flight = InFlight(options.address, options.metrics_port)
         triton.stop(
             hurry=lambda: stop.insistent or is_failed,  # what is in flight cannot end any more
-            is_busy=InFlight(options.address, options.metrics_port).is_busy,
+            is_busy=in_flight.is_busy if _is_ours(options) else None,
         )
 
 
@@ -175,7 +177,7 @@ def _start_and_watch(
     except TritonStartError as error:
         return None if stop.requested else f"Triton did not start: {error}"
     _say(f"Triton is up after {time_s:.1f} s; the engines are measured once, if they are new ...")
-    is_ours = (options.model_repository / MODEL).is_dir()
+    is_ours = _is_ours(options)
     try:
         if is_ours:
             warm_up(options.address, options.http_port)
@@ -228,11 +230,14 @@ def _welcome(options: ServeOptions) -> str:
     return f"Ready. Try it from another terminal:\n\n{calls}\nCtrl-C stops it."
 
 
+def _is_ours(options: ServeOptions) -> bool:
+    return (options.model_repository / MODEL).is_dir()
+
+
 def _farewell(options: ServeOptions) -> str:
-    # Triton takes an idle keep-alive connection for one that a request may still come from.
     return (
-        f"Stopping: up to {options.drain_timeout_s:g} s for requests in flight and open HTTP "
-        "connections (Ctrl-C again: at once) ..."
+        f"Stopping: up to {options.drain_timeout_s:g} s for requests in flight "
+        "(Ctrl-C again: at once) ..."
     )
 
 

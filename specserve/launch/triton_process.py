@@ -31,6 +31,7 @@ _SERVER_ID = "SPECSERVE_SERVER_ID"
 _INTERNAL_KEY = "SPECSERVE_INTERNAL_KEY"  # see python_backend/internal.py
 _END_FILE = "SPECSERVE_END_FILE"  # once it exists, the orchestrator turns requests away
 TURN_AWAY_S = 2.0
+CONNECTIONS_S = 2.0  # idle ones, torn ones, and clients slow to read their last answer
 _STUB = "triton_python_backend_stub"
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
@@ -134,7 +135,7 @@ class TritonProcess:
     def stop(
         self,
         hurry: Callable[[], bool] = lambda: False,
-        is_busy: Callable[[], bool] = lambda: False,
+        is_busy: Callable[[], bool] | None = None,
     ) -> None:
         """Let requests in flight finish, then end every process and remove what they left.
 
@@ -142,16 +143,20 @@ class TritonProcess:
 
         Args:
             hurry: asked often; True ends the waiting for requests.
-            is_busy: whether requests are in flight; models may call each other until it is False.
+            is_busy: whether requests are in flight; models may call each other until it is False,
+                and connections that are still open then are not waited for much longer. None does
+                not know: any open connection may hold one.
         """
         deadline_s = time.monotonic() + self.options.exit_timeout_s
         if self._process is not None:
             if self._process.poll() is None:
                 with self._models_callable():
                     self._process.send_signal(signal.SIGTERM)
-                    self._wait_while(is_busy, hurry, deadline_s)
-                    self._end_file.touch()  # nobody loses an answer without a word
-                    self._wait_while(is_busy, hurry, time.monotonic() + TURN_AWAY_S)
+                    if is_busy is not None:
+                        self._wait_while(is_busy, hurry, deadline_s)
+                        self._end_file.touch()  # nobody loses an answer without a word
+                        self._wait_while(is_busy, hurry, time.monotonic() + TURN_AWAY_S)
+                        deadline_s = min(deadline_s, time.monotonic() + CONNECTIONS_S)
                 self._drain(self._process, hurry, deadline_s)
             self._processes.kill()
             self._process.wait()
