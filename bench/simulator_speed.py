@@ -1,8 +1,8 @@
 """How many tokens does one core simulate per second?
 
-Method: a window of a trace, at its own lengths, on a datasheet estimate of a 7 B pair on an H100, by
-the scheduler, policies and step that serve. Time is CPU time of this process; tokens are those of
-prompts and outputs together, as in total throughput, and of outputs alone.
+Method: a window of a trace, at its own lengths, on a datasheet estimate of a 7 B pair on an H100,
+by the scheduler, policies and step that serve. Time is CPU time of this process; tokens are those
+of prompts and outputs together, as in total throughput, and of outputs alone.
 
 Example: python -m bench.simulator_speed --output bench/results/simulator_speed.jsonl
 """
