@@ -40,13 +40,13 @@ BENCH := $(VENV)/.bench-installed
 CLIENTS := $(VENV)/clients/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help serve build test bench grid grid-simulated readme clients check clean
+.PHONY: help serve build test quick bench grid grid-simulated readme clients check clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make serve   start the server; HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT ADDRESS ARGS'
 	@echo 'make build   install what building engines needs (torch, transformers, optimum-intel)'
-	@echo 'make test    run the tests'
+	@echo 'make test    run the tests; make quick: those without a server, some minutes'
 	@echo 'make clients install aiperf, 1.2 GB, for the tests that run it'
 	@echo 'make bench   measure every policy on a server, in ten minutes; SPECSERVE_DATA BENCH_ARGS ...'
 	@echo 'make grid    the long one, for bench/results; make grid-simulated; SPECSERVE_DATA'
@@ -64,6 +64,9 @@ build: $(BUILD)
 
 test: $(TEST)
 	@exec $(BIN)/pytest tests $(ARGS)
+
+quick: $(TEST)
+	@exec $(BIN)/pytest tests -m 'not triton and not slow' $(ARGS)
 
 bench: $(BENCH)
 	@$(BIN)/python -m build_engines bench-target --output build/bench_target

@@ -45,6 +45,11 @@ def tokens_per_step(request: Request) -> float:
     return 1.0 + request.num_accepted_tokens / max(1, request.num_decode_steps)
 
 
+def expected_tokens(request: Request) -> float:
+    """Return what the next step should give the request: as of late, but not beyond its end."""
+    return min(tokens_per_step(request), request.max_tokens - request.num_output_tokens)
+
+
 class Pacer:
     """Answers the scheduler's questions about time with the policy's own predictor."""
 
@@ -57,10 +62,7 @@ class Pacer:
         A row already late does not forbid prompts; it forbids steps slower than its own pace.
         """
         allowed = [
-            max(
-                slack_s(request, now, AIM) + tokens_per_step(request) * request.slo.tpot_s,
-                tokens_per_step(request) * request.slo.tpot_s,
-            )
+            max(0.0, slack_s(request, now, AIM)) + expected_tokens(request) * request.slo.tpot_s
             for request in decoding
             if request.slo.tpot_s is not None
         ]
