@@ -77,6 +77,18 @@ def test_a_prompt_chunk_leaves_decoding_rows_on_schedule() -> None:
     assert now + model.verify_s(2 + chunk + 1, context) > 0.25
 
 
+def test_a_row_near_its_end_allows_no_more_time_than_for_its_last_tokens() -> None:
+    """Of late it got three tokens a step; with one to go, three tokens' time would be late."""
+    pacer = Pacer(StepTimeModel(make_profile()))
+    chunks = []
+    for num_left in (1, 2, 3, 30):
+        row = decoding(0.05)
+        row.num_accepted_tokens, row.num_decode_steps = 4, 2
+        row.max_tokens = row.num_output_tokens + num_left
+        chunks.append(pacer.prefill_tokens([row], 256, 0.2))
+    assert chunks[0] < chunks[1] < chunks[2] == chunks[3]
+
+
 def test_looser_objectives_take_larger_chunks_and_none_takes_all() -> None:
     pacer = Pacer(StepTimeModel(make_profile()))
     chunks = [pacer.prefill_tokens([decoding(t)], 256, 4 * t) for t in (0.03, 0.06, 0.12)]
