@@ -1,4 +1,4 @@
-"""Result files into bench/README.md: every table between two marks is written anew from its file.
+"""Result files into the READMEs: every table between two marks is written anew from its file.
 
     <!-- results: grid bench/results/grid.jsonl -->      kind and file
     <!-- /results -->
@@ -19,22 +19,24 @@ from bench.report import style
 from bench.report.results import ATTAINMENT, LATENCY, OURS, Place, Results, read
 from bench.report.tables import Verdict, number, verdict
 
+READMES = (ROOT / "README.md", ROOT / "bench" / "README.md")
+RELEASED = "adaspec_released"
 SECTION = re.compile(
     r"(?P<head><!-- results: (?P<kind>\w+) (?P<file>\S+) -->\n).*?(?P<end><!-- /results -->)", re.S
 )
 
 
 def main() -> None:
-    """Rewrite the file in place."""
+    """Rewrite the files in place."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--readme", type=Path, default=ROOT / "bench" / "README.md")
-    path = parser.parse_args().readme
-    try:
-        text = rewritten(path.read_text(encoding="utf-8"), ROOT)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
-    path.write_text(text, encoding="utf-8")
-    print(f"rewritten: {path}")
+    parser.add_argument("--readme", type=Path, nargs="+", default=READMES)
+    for path in parser.parse_args().readme:
+        try:
+            text = rewritten(path.read_text(encoding="utf-8"), ROOT)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"error: {path}: {error}") from error
+        path.write_text(text, encoding="utf-8")
+        print(f"rewritten: {path}")
 
 
 def rewritten(text: str, root: Path) -> str:
@@ -99,7 +101,48 @@ def peers(path: Path) -> Iterator[str]:
     yield from _row("specserve / best of OpenVINO GenAI", ours, lambda c: f"{against[c]:.2f}x")
 
 
-KINDS: dict[str, Callable[[Path], Iterator[str]]] = {"grid": grid, "peers": peers}
+def policies(path: Path) -> Iterator[str]:
+    """Yield the last result of `python -m bench.policies` in a file, relative to plain decoding."""
+    trees = [tree for _, tree in read_lines(path) if tree.get("bench") == "policies"]
+    if not trees:
+        raise ValueError(f"{path} has no line of `python -m bench.policies`")
+    tree = trees[-1]
+    rates: dict[str, dict[str, float]] = tree["tokens_per_s"]
+    plain, config = rates["plain"], tree["config"]
+    pair = "simulated" if tree["engine"] == "simulated" else config["precision"]
+    yield f"{_machine(tree)}, {pair}, commit {tree['commit']}: `{tree['command']}`."
+    yield ""
+    yield from _row("requests at once", plain, str)
+    yield "|---" * (len(plain) + 1) + "|"
+    yield from _row("plain decoding, tokens/s", plain, lambda c: f"{plain[c]:.0f}")
+    fixed = {arm: row for arm, row in rates.items() if arm.startswith("fixed_")}
+    yield from _row("best fixed length", plain, lambda c: _best_fixed(fixed, c, plain[c]))
+    for arm, row in rates.items():
+        if arm not in ("plain", OURS, *fixed):
+            yield from _ratios(style.label(arm), row, plain, "{:.2f}x")
+    yield from _ratios(f"**{OURS}**", rates[OURS], plain, "**{:.2f}x**")
+    others = [row for arm, row in rates.items() if arm != OURS]
+    best = {c: max(row[c] for row in others) for c in plain}
+    yield from _ratios(f"{OURS} / best of all others", rates[OURS], best, "{:.2f}")
+    yield from _ratios(f"{OURS} / AdaSpec as released", rates[OURS], rates[RELEASED], "{:.2f}")
+
+
+def _best_fixed(fixed: dict[str, dict[str, float]], concurrency: str, plain: float) -> str:
+    arm, row = max(fixed.items(), key=lambda item: item[1][concurrency])
+    return f"{row[concurrency] / plain:.2f}x (k = {arm.removeprefix('fixed_')})"
+
+
+def _ratios(
+    name: str, ours: dict[str, float], theirs: dict[str, float], form: str
+) -> Iterator[str]:
+    yield from _row(name, theirs, lambda c: form.format(ours[c] / theirs[c]))
+
+
+KINDS: dict[str, Callable[[Path], Iterator[str]]] = {
+    "grid": grid,
+    "peers": peers,
+    "policies": policies,
+}
 
 
 def _row(name: str, columns: dict[str, Any], entry: Callable[[str], str]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""bench/README.md's tables: made from result files, and those that are committed are up to date."""
+"""The READMEs' tables: made from result files, and those that are committed are up to date."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.readme import rewritten
+from bench.readme import READMES, rewritten
 from bench.record import ROOT
 
 PEERS = {
@@ -29,8 +29,9 @@ def section(kind: str, name: str, body: str = "") -> str:
     return f"before\n<!-- results: {kind} {name} -->\n{body}<!-- /results -->\nafter\n"
 
 
-def test_readme_is_what_its_result_files_say() -> None:
-    text = (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("path", READMES, ids=["README", "bench"])
+def test_readme_is_what_its_result_files_say(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
     assert rewritten(text, ROOT) == text, "run `make readme`"
 
 
@@ -45,6 +46,24 @@ def test_peers_are_rows_and_concurrencies_columns(tmp_path: Path) -> None:
     assert "| transformers default | 12 | - |" in lines
     assert "| specserve / best of OpenVINO GenAI | 1.25x | 0.90x |" in lines
     assert rewritten("\n".join(lines) + "\n", tmp_path).splitlines() == lines
+
+
+def test_policies_are_relative_to_plain_decoding(tmp_path: Path) -> None:
+    rates = {"plain": 40.0, "fixed_1": 50.0, "fixed_2": 60.0, "adaspec_released": 44.0}
+    tree = {
+        **PEERS, "bench": "policies", "engine": "simulated", "command": "python -m bench.policies",
+        "tokens_per_s": {arm: {"1": rate} for arm, rate in {**rates, "specserve": 66.0}.items()},
+    }  # fmt: skip
+    (tmp_path / "p.jsonl").write_text(json.dumps(tree) + "\n")
+    lines = rewritten(section("policies", "p.jsonl"), tmp_path).splitlines()
+    assert lines[6:-2] == [
+        "| plain decoding, tokens/s | 40 |",
+        "| best fixed length | 1.50x (k = 2) |",
+        "| adaspec released | 1.10x |",
+        "| **specserve** | **1.65x** |",
+        "| specserve / best of all others | 1.10 |",
+        "| specserve / AdaSpec as released | 1.50 |",
+    ]
 
 
 def test_grid_has_every_policy_and_says_what_was_sent(simulated_cells: Path) -> None:
