@@ -468,7 +468,7 @@ def test_open_connection_does_not_hold_up_the_stop_once_nothing_is_in_flight(
         c.getresponse().read()
         started_s = time.monotonic()
         server.stop(is_busy=lambda: False)
-        assert time.monotonic() - started_s < 8.0
+        assert time.monotonic() - started_s < 11.0
     assert server.pids() == []
 
 
