@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from specserve.admission import Rejected, TimedOut
 from specserve.core import SpecServe
+from specserve.engines import EngineLost
 from specserve.request import FinishReason, Request
 from specserve.scheduler import StepOutput
 
@@ -125,7 +126,10 @@ class Loop:
             outputs = self.core.step()
             self.is_healthy = True
         except Exception as error:
-            logger.exception("step failed; every request that runs ends")
+            is_known = isinstance(error, EngineLost)  # it was said already where, and why
+            logger.error(
+                "step failed, %s; every request that runs ends", error, exc_info=not is_known
+            )
             self.is_healthy = False
             self._fail_running(error)
         else:

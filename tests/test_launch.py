@@ -34,7 +34,7 @@ from specserve.launch.serve import ServeOptions, serve
 from specserve.launch.server_log import ServerLog
 from specserve.launch.stop_signal import StopSignal
 from specserve.launch.triton_options import TritonOptions
-from specserve.launch.triton_process import TritonProcess, TritonStartError
+from specserve.launch.triton_process import TritonProcess, TritonStartError, model_of
 
 LOOPBACK = "127.0.0.1"
 
@@ -436,6 +436,20 @@ def test_model_that_does_not_load_shows_its_error(
     server.stop()
     assert server.pids() == []
     assert server.shared_memory() == []
+
+
+@pytest.mark.parametrize(
+    ("command", "model"),
+    [
+        (["/b/triton_python_backend_stub", "/m/echo/1/model.py", "prefix"], "echo"),
+        (["/b/triton_python_backend_stub"], None),  # as it may look while it starts or ends
+        (["/b/triton_python_backend_stub", "/m"], None),
+        (["/b/tritonserver", "--model-repository=/m"], None),
+        ([], None),
+    ],
+)
+def test_half_a_command_line_is_no_model(command: list[str], model: str | None) -> None:
+    assert model_of(command) == model
 
 
 @pytest.mark.triton

@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -212,12 +212,8 @@ class TritonProcess:
 
     def model_pids(self) -> dict[str, int]:
         """Find each model's process: a stub called with <model>/<version>/model.py."""
-        commands = {pid: command_line(pid) for pid in self._processes.pids()}
-        return {
-            Path(command[1]).parents[1].name: pid
-            for pid, command in commands.items()
-            if command and Path(command[0]).name == _STUB
-        }
+        models = {pid: model_of(command_line(pid)) for pid in self._processes.pids()}
+        return {model: pid for pid, model in models.items() if model is not None}
 
     def _running_models(self) -> set[str]:
         return set(self.model_pids())
@@ -260,6 +256,17 @@ class TritonProcess:
             elif self._models and time.monotonic() - busy_s > SETTLE_S:
                 return
             time.sleep(POLL_S)
+
+
+def model_of(command: Sequence[str]) -> str | None:
+    """Return the model that a command line runs, or None.
+
+    NOTE: of a process that starts or ends at this moment there may be a part of it only.
+    """
+    if len(command) < 2 or Path(command[0]).name != _STUB:
+        return None
+    folders = Path(command[1]).parents
+    return folders[1].name if len(folders) > 1 else None
 
 
 def stop_with_parent() -> None:
