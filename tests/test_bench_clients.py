@@ -288,6 +288,7 @@ def test_step_told_by_several_requests_is_one_step() -> None:
 
 
 @pytest.mark.openvino
+@pytest.mark.slow
 def test_window_on_engines_in_this_process(tmp_path: Path, demo_engines: Path) -> None:
     from bench.in_process import on_engines
 

@@ -71,6 +71,7 @@ def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.torch
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 1e-3), ("fp16", 1e-3), ("int8", 2)])
+@pytest.mark.slow
 def test_engine_computes_what_the_checkpoint_does(
     checkpoint: Path, tmp_path: Path, precision: str, tolerance: float
 ) -> None:
@@ -84,6 +85,7 @@ def test_engine_computes_what_the_checkpoint_does(
 
 
 @pytest.mark.torch
+@pytest.mark.slow
 def test_manifest_describes_the_engine_and_a_tied_weight_is_stored_once(
     checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -116,6 +118,7 @@ def test_output_in_use_is_refused_and_replaced_only_when_asked(
 
 
 @pytest.mark.torch
+@pytest.mark.slow
 def test_failed_export_leaves_the_old_engine_alone(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +135,7 @@ def test_failed_export_leaves_the_old_engine_alone(
 
 
 @pytest.mark.torch
+@pytest.mark.slow
 def test_pair_is_built_checked_and_measurable(tmp_path: Path) -> None:
     pytest.importorskip("optimum.exporters.openvino")
     target = make_checkpoint(tmp_path / "target", seed=1)

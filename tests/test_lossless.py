@@ -347,11 +347,13 @@ def check(demo_engines: Path) -> lossless.Check:
 
 
 @pytest.mark.openvino
+@pytest.mark.slow
 def test_the_papers_rule_is_rejected_on_the_demo_pair(check: lossless.Check) -> None:
     assert check.token_reader().p_value < FALSE_ALARM
 
 
 @pytest.mark.openvino
+@pytest.mark.slow
 def test_a_sampled_case_passes_on_the_demo_pair(check: lossless.Check) -> None:
     row = check.judge(Case("", "specserve", "auto", [{"temperature": 0.7, "top_p": 0.9}]))
     _, verified, accepted = row.served.draft_tokens

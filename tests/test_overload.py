@@ -203,6 +203,7 @@ def test_flood_of_one_class_leaves_the_others_their_places() -> None:
 # -- goodput -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_goodput_holds_at_three_times_the_sustainable_load() -> None:
     """In virtual time, on a profile of real engines; before early refusals learned it fell to 0."""
     loads = overload.simulate(overload.parse(["--engine", "simulated", "--seconds", "40"]))

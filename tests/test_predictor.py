@@ -132,6 +132,7 @@ def test_context_beyond_the_profile_is_priced_by_theory() -> None:
 
 
 @given(st.integers(1, 60), st.integers(0, 60), st.integers(0, 5000))
+@pytest.mark.slow
 def test_more_tokens_never_take_less_time(num_tokens: int, num_more: int, context: int) -> None:
     curve = StepTimeModel(make_profile()).verify_curve(num_tokens, num_more, context)
     assert len(curve) == num_more + 1

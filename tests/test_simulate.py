@@ -209,6 +209,7 @@ def test_plain_decoding_alone_takes_the_profiles_step_and_the_overhead() -> None
     assert probe.summary.tpot_s.p50 == pytest.approx(step_s + 0.005, rel=0.02)
 
 
+@pytest.mark.slow
 def test_tighter_objective_is_met_at_lower_rates_only() -> None:
     best = {}
     for tpot_ms in (25.0, 60.0):
@@ -241,6 +242,7 @@ def test_limits_come_from_the_profile_and_yield_to_set() -> None:
     assert Question(_options(override=["scheduler.max_num_seqs=7"])).max_num_seqs == 7
 
 
+@pytest.mark.slow
 def test_command_labels_an_estimate_and_draws(tmp_path: Path) -> None:
     picture = tmp_path / "new" / "capacity.png"
     result = CliRunner().invoke(

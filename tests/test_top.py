@@ -223,6 +223,7 @@ def page() -> Iterator[str]:
         yield url
 
 
+@pytest.mark.slow
 def test_page_shows_the_server_in_a_browser(page: str, tmp_path: Path) -> None:
     shown = {
         "acceptance_length": "3.00",
@@ -260,6 +261,7 @@ Math.min(...[...document.querySelectorAll(".chart path")].map((line) =>
 """
 
 
+@pytest.mark.slow
 def test_page_says_when_there_is_no_server(tmp_path: Path) -> None:
     async def look(url: str) -> None:
         async with browsing(url, tmp_path) as browser:

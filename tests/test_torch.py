@@ -172,6 +172,7 @@ def test_a_model_that_cannot_be_served_is_refused(
     ],
     ids=["padded", "in several passes", "padded, in several passes", "compiled layers"],
 )
+@pytest.mark.slow
 def test_how_a_pass_runs_does_not_change_its_logits(
     options: dict[str, Any], checkpoint: Any
 ) -> None:

@@ -73,6 +73,7 @@ def layout(group_size: int) -> Layout:
         (8, 4, 32, 5, 3.0, "float16"),
     ],
 )
+@pytest.mark.slow
 def test_the_kernel_attends_as_the_reference_does(
     num_heads: int,
     num_kv_heads: int,
