@@ -75,10 +75,7 @@ def grid(path: Path) -> Iterator[str]:
 
 def peers(path: Path) -> Iterator[str]:
     """Yield the last result of `python -m bench.peers` in a file."""
-    trees = [tree for _, tree in read_lines(path) if tree.get("bench") == "peers"]
-    if not trees:
-        raise ValueError(f"{path} has no line of `python -m bench.peers`")
-    tree = trees[-1]
+    tree = _last(path, "peers")
     rates: dict[str, dict[str, Any]] = tree["tokens_per_s"]
     ours = rates["specserve"]
     config = tree["config"]
@@ -103,10 +100,7 @@ def peers(path: Path) -> Iterator[str]:
 
 def policies(path: Path) -> Iterator[str]:
     """Yield the last result of `python -m bench.policies` in a file, relative to plain decoding."""
-    trees = [tree for _, tree in read_lines(path) if tree.get("bench") == "policies"]
-    if not trees:
-        raise ValueError(f"{path} has no line of `python -m bench.policies`")
-    tree = trees[-1]
+    tree = _last(path, "policies")
     rates: dict[str, dict[str, float]] = tree["tokens_per_s"]
     plain, config = rates["plain"], tree["config"]
     pair = "simulated" if tree["engine"] == "simulated" else config["precision"]
@@ -125,6 +119,14 @@ def policies(path: Path) -> Iterator[str]:
     best = {c: max(row[c] for row in others) for c in plain}
     yield from _ratios(f"{OURS} / best of all others", rates[OURS], best, "{:.2f}")
     yield from _ratios(f"{OURS} / AdaSpec as released", rates[OURS], rates[RELEASED], "{:.2f}")
+
+
+def _last(path: Path, bench: str) -> dict[str, Any]:
+    """Return the last result of a benchmark in a file."""
+    trees = [tree for _, tree in read_lines(path) if tree.get("bench") == bench]
+    if not trees:
+        raise ValueError(f"{path} has no line of `python -m bench.{bench}`")
+    return trees[-1]
 
 
 def _best_fixed(fixed: dict[str, dict[str, float]], concurrency: str, plain: float) -> str:

@@ -444,7 +444,7 @@ def test_a_child_in_a_session_of_its_own_is_ours() -> None:
 
 
 def test_a_parent_in_another_session_is_a_stranger() -> None:
-    code = "from specserve.telemetry.tenants import *; print(is_ours(os.getppid()))"
+    code = "import os, specserve.telemetry.tenants as t; print(t.is_ours(os.getppid()))"
     command = [sys.executable, "-c", code]
     seen = subprocess.run(command, start_new_session=True, capture_output=True, text=True)
     assert seen.stdout == "False\n", seen.stderr

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specserve.engines.torch.transfer import send
+from specserve.engines.torch.transfer import lay_out, send
 from specserve.policies.baseline_rules import DEFAULT_PRIOR, LengthRule, ThresholdRule
 
 INF = float("inf")
@@ -63,10 +63,7 @@ class _BatchStopper:
             rule.caps, ones, ones, rule.forward_s, rule.verify_s,
         ]  # fmt: skip
         numbers = np.zeros(len(self._numbers))
-        begin = 0
-        for part, size in zip(map(np.atleast_1d, parts), self._sizes, strict=True):
-            numbers[begin : begin + min(size, len(part))] = part[:size]
-            begin += size
+        lay_out(numbers, parts, self._sizes)
         self._numbers.copy_(send(numbers, self._numbers.device), non_blocking=True)
 
     def goes_on(self, active: Tensor, confidences: Tensor) -> Tensor:

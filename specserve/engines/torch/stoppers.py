@@ -17,7 +17,7 @@ from specserve.engines.torch.baseline_stoppers import (
     GoodputStopper,
     ThresholdStopper,
 )
-from specserve.engines.torch.transfer import send
+from specserve.engines.torch.transfer import lay_out, send
 from specserve.policies.baseline_rules import BestLengthRule, GoodputRule, ThresholdRule
 from specserve.predictor.acceptance import EPS, JUDGE_COEFFICIENTS, SCOUT_COEFFICIENTS
 from specserve.stop_rules import SurvivalRule, ValueRule, ValueStopper
@@ -122,10 +122,7 @@ class DeviceValueStopper:
         numbers = np.zeros(len(self._numbers))
         numbers[-sum(self._sizes[-2:]) :] = -INF
         numbers[-self._sizes[-1] :] = INF
-        begin = 0
-        for part, size in zip(parts, self._sizes, strict=True):
-            numbers[begin : begin + min(size, len(part))] = part[:size]
-            begin += size
+        lay_out(numbers, parts, self._sizes)
         self._numbers.copy_(send(numbers, self._device), non_blocking=True)
 
     def goes_on(self, active: Tensor, confidences: Tensor) -> Tensor:
