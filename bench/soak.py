@@ -25,10 +25,10 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.crowd import MAX_TOKENS, Crowd, Tally, render
-from bench.fault_injection import FaultInjector
+from bench.fault_injection import MODEL_FAULTS, FaultInjector
 from bench.holdings import SHARED_MEMORY, Holdings, holdings, shared_bytes
 from bench.prompts import held_out_prompts
 from bench.record import emit
@@ -48,8 +48,8 @@ TEMPERATURES = (0.0, 0.75, 1.0)
 SAMPLE_S = 5.0
 IDLE_S = 30.0
 LONG_S = 120.0
-# A model that is loaded again takes or leaves some 35 threads of tritonserver.
-LIMITS = Holdings(memory_mib=16.0, num_threads=40, num_descriptors=8)
+LIMITS = Holdings(memory_mib=16.0, num_threads=8, num_descriptors=8)
+KEPT_PER_FAULT = Holdings(memory_mib=0.7, num_threads=35, num_descriptors=1)
 _RESTARTS = re.compile(
     r"^(?:the process of model '\w+' died|tritonserver (?:was )?ended by [\w ]+"
     r"|model '\w+' (?:has given no answer|was not back)[\w ]*)",
@@ -57,7 +57,16 @@ _RESTARTS = re.compile(
 )
 BAD_OUTCOMES = ("wrong", "broken", "hung")
 
-Samples = dict[tuple[str, int], list[tuple[float, Holdings]]]
+
+class Sample(NamedTuple):
+    """What a process held at a time, and how many models had been broken by then."""
+
+    time_s: float
+    held: Holdings
+    num_faults: int
+
+
+Samples = dict[tuple[str, int], list[Sample]]
 
 
 def main() -> int:
@@ -101,6 +110,7 @@ def main() -> int:
             "longest_repair_s": {name: round(s, 1) for name, s in injector.longest_s.items()},
             "restarts": _RESTARTS.findall(shown),
             "left": left,
+            "kept_per_fault": KEPT_PER_FAULT._asdict(),
             "growth": {name: one._asdict() for name, one in growth.items() if one is not None},
             **_series(samples),
             "shared_mib": round(shared_mib, 1),
@@ -139,19 +149,21 @@ async def _soak(
     options: argparse.Namespace,
 ) -> None:
     seconds = 60.0 * options.minutes
-    sampling = asyncio.create_task(_sample(server, samples))
+    sampling = asyncio.create_task(_sample(server, injector, samples))
     faults = asyncio.create_task(injector.run(seconds, options.fault_pause_s))
     await crowd.visit(options.clients, asyncio.get_running_loop().time() + seconds)
     await faults
     sampling.cancel()
 
 
-async def _sample(server: Supervised, samples: Samples) -> None:
+async def _sample(server: Supervised, injector: FaultInjector, samples: Samples) -> None:
+    faults = [f"{model} {number.name}" for model, number in MODEL_FAULTS]
     while True:
         with contextlib.suppress(OSError, IndexError):  # processes go while they are read
             pids = await asyncio.to_thread(server.pids)
+            num_faults = sum(injector.done[fault] for fault in faults)
             for name, pid in pids.items():
-                samples[name, pid].append((time.monotonic(), holdings(pid)))
+                samples[name, pid].append(Sample(time.monotonic(), holdings(pid), num_faults))
         await asyncio.sleep(SAMPLE_S)
 
 
@@ -198,22 +210,30 @@ def _left_after(server: Supervised) -> dict[str, float]:
     }
 
 
-def _by_name(samples: Samples) -> dict[str, list[list[tuple[float, Holdings]]]]:
+def _by_name(samples: Samples) -> dict[str, list[list[Sample]]]:
     lives = defaultdict(list)
     for (name, _), life in samples.items():
         lives[name].append(life)
     return lives
 
 
-def _growth(
-    name: str, lives: list[list[tuple[float, Holdings]]], seconds: float
-) -> Holdings | None:
+def _growth(name: str, lives: list[list[Sample]], seconds: float) -> Holdings | None:
     """Return the most that any process of a name grew in a life that was long enough."""
     enough_s = LONG_S if name in ("draft", "target") else seconds / 2
-    grown = [growth_of([one for _, one in life]) for life in lives if _length_s(life) >= enough_s]
+    long = [life for life in lives if life[-1].time_s - life[0].time_s >= enough_s]
+    if name == "tritonserver":
+        grown = [growth_of([without_kept(one) for one in life]) for life in long]
+    else:
+        grown = [growth_of([one.held for one in life]) for life in long]
     if not grown:
         return None
     return Holdings(*(max(values) for values in zip(*grown, strict=True)))
+
+
+def without_kept(sample: Sample) -> Holdings:
+    """Return what tritonserver held besides what it keeps of broken models."""
+    pairs = zip(sample.held, KEPT_PER_FAULT, strict=True)
+    return Holdings(*(held - sample.num_faults * kept for held, kept in pairs))
 
 
 def growth_of(life: Sequence[Holdings]) -> Holdings:
@@ -224,17 +244,13 @@ def growth_of(life: Sequence[Holdings]) -> Holdings:
     return Holdings(*(round(statistics.median(b) - statistics.median(a), 1) for a, b in pairs))
 
 
-def _length_s(life: Sequence[tuple[float, Holdings]]) -> float:
-    return life[-1][0] - life[0][0]
-
-
 def _series(samples: Samples) -> dict[str, dict[str, list[float]]]:
     """Return about ten values of each kind over the longest life of each name."""
     found: dict[str, dict[str, list[float]]] = {field: {} for field in Holdings._fields}
     for name, lives in _by_name(samples).items():
         longest = max(lives, key=len)
-        for _, one in longest[:: max(1, len(longest) // 10)]:
-            for field, value in one._asdict().items():
+        for one in longest[:: max(1, len(longest) // 10)]:
+            for field, value in one.held._asdict().items():
                 found[field].setdefault(name, []).append(round(value, 1))
     return found
 

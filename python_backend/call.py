@@ -19,6 +19,8 @@ from specserve.text import encode
 
 NO_END = -1  # an end_id that no token has
 DRAFT_SOURCES = ("auto", "model", "ngram", "none")
+# A class becomes a label of a metric, where a line break would end the line.
+PRIORITY_CLASS = re.compile(r"[\w.-]{0,64}", re.ASCII)
 _REFUSALS = {spec.name: spec.refuse for spec in INPUTS if spec.refuse}
 
 
@@ -93,7 +95,7 @@ class CallParser:
             sampling=self._sampling(read),
             request_id=request_id,
             slo=SLO(read.seconds("slo_ttft_ms"), read.seconds("slo_tpot_ms")),
-            priority_class=read.text("priority_class") or "",
+            priority_class=self._priority_class(read),
             timeout_s=self._timeout_s(others.get("timeout", timeout_us)),
             max_draft_tokens=read.count("max_draft_tokens"),
             num_draft_tokens=read.count("num_draft_tokens"),
@@ -196,6 +198,14 @@ class CallParser:
         if source not in DRAFT_SOURCES:
             raise ValueError(f"draft_source is '{source}': known are {', '.join(DRAFT_SOURCES)}")
         return source
+
+    def _priority_class(self, read: Reader) -> str:
+        name = read.text("priority_class") or ""
+        if not PRIORITY_CLASS.fullmatch(name):
+            raise ValueError(
+                f"priority_class is {name[:80]!r}: give up to 64 of A-Z, a-z, 0-9, '_', '.' and '-'"
+            )
+        return name
 
     def _timeout_s(self, value: Any) -> float:
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:

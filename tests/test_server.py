@@ -666,6 +666,13 @@ GRPC_REFUSED = {
         )
         for name in ("stop_words", "bad_words", "embedding_bias_words", "priority_class")
     },
+    **{
+        f"priority_class {name!r}": (
+            {"priority_class": np.array([[name.encode()]], object)},
+            ("priority_class", "64", "A-Z"),
+        )
+        for name in ("two\nlines", "a\u2028b", 'quo"te', "x" * 65)
+    },
     "lora_weights": ({"lora_weights": np.ones((1, 2, 2), np.float16)}, ("lora_weights", "LoRA")),
     "lora_config": ({"lora_config": np.ones((1, 2, 3), np.int32)}, ("lora_config", "LoRA")),
     "prompt_embedding_table": (

@@ -13,7 +13,7 @@ from bench import fault_injection
 from bench.crowd import Tally
 from bench.fault_injection import FaultInjector
 from bench.holdings import Holdings
-from bench.soak import LIMITS, find_problems, growth_of
+from bench.soak import LIMITS, Sample, find_problems, growth_of, without_kept
 from bench.supervised import READY
 
 WELL = Tally()
@@ -28,6 +28,11 @@ def test_growth_is_late_median_less_early_median() -> None:
     life = [start] * 4 + [settled, settled, outlier, settled] + [settled] * 4
     assert growth_of([*life, *[Holdings(23, 6, 8)] * 4]) == Holdings(3, 0, 1)
     assert growth_of([*life, *[settled] * 3, outlier]) == Holdings(0, 0, 0)
+
+
+def test_what_tritonserver_keeps_of_broken_models_is_no_growth() -> None:
+    held = [Holdings(9.0 + 0.7 * n, 237 + 35 * n, 80 + n) for n in range(3)]
+    assert {without_kept(Sample(float(n), one, n)) for n, one in enumerate(held)} == {held[0]}
 
 
 def test_a_good_soak_has_no_problems() -> None:
