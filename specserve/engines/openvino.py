@@ -18,7 +18,7 @@ from specserve.engines.model_target import ModelTargetEngine
 from specserve.engines.paged_model import FlatBatch
 
 BLOCK_SIZE = 32  # what the CPU kernels of paged attention are written for
-# Kernels that OpenVINO keeps, by shape. Its own limit of 5000 lets hundreds of MiB fill over an hour
+# Kernels that OpenVINO keeps, by shape. Its own limit of 5000 lets hundreds of MiB fill in an hour
 # of steps of all sizes, and is no faster.
 NUM_KEPT_KERNELS = 500
 
