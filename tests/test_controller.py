@@ -19,6 +19,7 @@ from specserve.engines import EngineInfo
 from specserve.engines.simulated import RecordedAcceptance, SimulatedPair, VirtualClock
 from specserve.optimum import best_total
 from specserve.policies import make_policy
+from specserve.predictor.measure import Effort, measure
 from specserve.predictor.profile import Profile
 from specserve.predictor.step_time import StepTimeModel
 from specserve.request import SLO
@@ -35,6 +36,31 @@ def make_rows(count: int) -> list[Row]:
         )
         for key in range(count)
     ]  # fmt: skip
+
+
+# -- measuring a profile -----------------------------------------------------------------------
+
+
+class Coin:
+    """Accepts four tokens, whatever the request."""
+
+    def at(self, key: int, position: int) -> tuple[Sequence[float], int]:
+        """See `AcceptanceProcess`."""
+        return [0.5] * 8, 4
+
+
+@pytest.mark.parametrize("slowness", [1.0, 4.0])
+def test_profile_of_a_slow_machine_takes_less_than_two_minutes(
+    profile: Profile, slowness: float
+) -> None:
+    slow = scaled(profile, [slowness] * len(profile.verify))
+    clock, info = VirtualClock(), EngineInfo(4096, 4096, num_blocks=512, block_size=32)
+    pair = SimulatedPair(StepTimeModel(slow), clock, Coin())
+    found = StepTimeModel(measure(pair, pair, info, {}, Effort(), clock))
+    assert clock() < 120.0
+    for size in (1, 8, 64):
+        truth = StepTimeModel(slow).verify_s(size, 512)
+        assert found.verify_s(size, 512) == pytest.approx(truth, rel=0.1)
 
 
 # -- a noisy profile ---------------------------------------------------------------------------
