@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ast
 import functools
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -32,7 +34,7 @@ from specserve.engines.model_target import ModelTargetEngine  # noqa: E402
 from specserve.engines.paged_model import FlatBatch, Span  # noqa: E402
 from specserve.engines.sampler import HostSampler  # noqa: E402
 from specserve.engines.torch import sampling  # noqa: E402
-from specserve.engines.torch.captured import Captured  # noqa: E402
+from specserve.engines.torch.captured import WARM_UPS, Captured  # noqa: E402
 from specserve.engines.torch.draft import TorchDraftEngine  # noqa: E402
 from specserve.engines.torch.model import TorchModel  # noqa: E402
 from specserve.engines.torch.sampler import DeviceSampler  # noqa: E402
@@ -268,13 +270,55 @@ def test_the_loop_on_the_device_drafts_what_the_host_would(
 
 def test_drafting_ends_with_the_last_row(checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule that stops everybody at once costs one forward, not as many as the longest cap."""
-    model = load(checkpoint("llama"))
-    engine, passes = TorchDraftEngine(model, max_draft_tokens=6, max_rows=8), []
-    run = model.run
-    monkeypatch.setattr(model, "run", lambda n: (passes.append(n), run(n)))
+    passes, run = [], TorchModel._run
+    monkeypatch.setattr(TorchModel, "_run", lambda model, n: (passes.append(n), run(model, n)))
+    engine = TorchDraftEngine(load(checkpoint("llama")), max_draft_tokens=6, max_rows=8)
     rule = SurvivalRule(np.array([-30.0, 0.0]), np.full(5, 0.5))
     assert [len(d.token_ids) for d in engine.draft(draft_batch(rule))] == [1, 0, 1, 1, 1]
     assert len(passes) == 1
+
+
+class RecordedGraph:
+    """In place of a CUDA graph: what was captured, and under which condition."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+
+    def begin_capture_to_if_node(self, scalar_cuda_pred_tensor: torch.Tensor) -> None:
+        """See `torch.cuda.CUDAGraph`."""
+        self.events.append(scalar_cuda_pred_tensor)
+
+    def end_capture_to_conditional_node(self) -> None:
+        """See `torch.cuda.CUDAGraph`."""
+        self.events.append("end")
+
+
+@pytest.mark.parametrize("has_condition", [False, True])
+def test_a_graph_holds_its_work_under_the_condition(
+    has_condition: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph, condition = RecordedGraph(), torch.tensor(False)
+    for name in ("Stream", "current_stream", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: MagicMock())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    work = Captured(graph.events.append, (), torch.device("cpu"), condition)
+    work._condition = condition if has_condition else None
+    assert work._capture(4, None) is graph
+    captured = graph.events[WARM_UPS:]
+    assert captured == ([condition, 4, "end"] if has_condition else [4])
+
+
+def test_torch_has_what_captures_a_condition() -> None:
+    """The CPU build has no CUDA graphs, but says what they take."""
+    stub = (Path(torch.__file__).parent / "_C" / "__init__.pyi").read_text()
+    graph = ast.parse(stub[stub.index("class _CUDAGraph") :].partition("\nclass ")[0])
+    methods = {
+        one.name: [argument.arg for argument in one.args.args]
+        for one in ast.walk(graph)
+        if isinstance(one, ast.FunctionDef)
+    }
+    for name in ("begin_capture_to_if_node", "end_capture_to_conditional_node"):
+        assert [*inspect.signature(getattr(RecordedGraph, name)).parameters] == methods[name]
 
 
 def test_a_step_may_be_captured_between_two_drafts(checkpoint: Any) -> None:

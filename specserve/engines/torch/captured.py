@@ -1,10 +1,15 @@
-"""Work of a few fixed sizes, replayed from CUDA graphs: one launch instead of a thousand."""
+"""Work of a few fixed sizes, replayed from CUDA graphs: one launch instead of a thousand.
+
+Under a condition that only the device knows, a graph holds its work in a conditional node (CUDA
+12.4), so that the device leaves it out and the host need not ask.
+"""
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 WARM_UPS = 2  # before a capture: kernels are compiled and libraries make their handles
 
@@ -16,13 +21,20 @@ class Captured:
         function: must not wait for the device; captured, it may not look at a tensor's values.
         sizes: rising; empty runs any size as it is.
         device: graphs exist on CUDA only; elsewhere sizes are padded all the same.
+        condition: [] bool on the device, read when the work's turn comes. Where it does not hold
+            the work may be left out, and is, unless the device has no graph of it.
     """
 
     def __init__(
-        self, function: Callable[[int], None], sizes: Sequence[int], device: torch.device
+        self,
+        function: Callable[[int], None],
+        sizes: Sequence[int],
+        device: torch.device,
+        condition: Tensor | None = None,
     ) -> None:
         self._function = function
         self._sizes = sizes
+        self._condition = condition
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         if device.type == "cuda":
             pool = torch.cuda.graph_pool_handle()
@@ -39,7 +51,7 @@ class Captured:
         """Run a padded size."""
         if size in self._graphs:
             self._graphs[size].replay()
-        else:
+        elif self._condition is None or self._condition.is_cuda or bool(self._condition):
             self._function(size)
 
     def _capture(self, size: int, pool: Any) -> torch.cuda.CUDAGraph:
@@ -51,5 +63,10 @@ class Captured:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            self._function(size)
+            if self._condition is None:
+                self._function(size)
+            else:
+                graph.begin_capture_to_if_node(self._condition)
+                self._function(size)
+                graph.end_capture_to_conditional_node()
         return graph

@@ -13,16 +13,15 @@ from specserve.engines.torch import sampling
 from specserve.engines.torch.captured import Captured
 from specserve.engines.torch.model import TorchModel
 from specserve.engines.torch.stoppers import STOPPERS, Stopper
-from specserve.engines.torch.transfer import LateAnswer, send
+from specserve.engines.torch.transfer import send
 from specserve.stop_rules import StopRule, SurvivalRule, ValueRule
 
 
 class TorchDraftEngine:
     """A draft model behind the `DraftEngine` protocol; it proposes what `ModelDraftEngine` does.
 
-    The host sends the rows once and reads the drafts once. In between it launches forwards, and
-    hears after each one whether anybody was still drafting after the one before: it never waits for
-    work that it could wait for later, at the price of a last forward for nobody.
+    The host sends the rows once, launches as many forwards as the longest draft may need, and reads
+    the drafts once: the one wait of the phase. The device leaves out what is for nobody.
 
     Args:
         max_draft_tokens: the longest draft of a row.
@@ -33,7 +32,8 @@ class TorchDraftEngine:
         self.model = model
         self._max_draft_tokens = max_draft_tokens
         device, max_rows = model.device, model.padded(max_rows)
-        self._anybody = LateAnswer(device)
+        self._anybody = torch.zeros((), dtype=torch.bool, device=device)  # still drafts
+        self._forward = model.run_while(self._anybody, max_rows)
         self._sampled: _Sampled | None = None
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
         self._active = torch.zeros(max_rows, dtype=torch.bool, device=device)
@@ -67,16 +67,14 @@ class TorchDraftEngine:
         num_padded = self.model.padded(num_rows)
         stopper, take = self._take_by(type(rule))
         self._sampled = _Sampled.of(rows, self.model)
-        if self._sampled:
-            take = partial(self._take, stopper)
+        if self._sampled:  # no graph is captured of filters that differ from step to step
+            take = Captured(partial(self._take, stopper), (), self.model.device, self._anybody)
         stopper.load(rule)
         self._begin(rows, num_padded)
         self._first_forward(rows)
         take(num_padded)
         for _ in range(num_forwards - 1):
-            if rule is not None and not self._anybody.ask(self._active[:num_padded].any()):
-                break
-            self.model.run(num_padded)
+            self._forward(num_padded)
             take(num_padded)
         return self._read(num_rows)
 
@@ -87,7 +85,7 @@ class TorchDraftEngine:
             max_rows, device = len(self._active), self.model.device
             stopper = STOPPERS[kind](max_rows, self._max_draft_tokens, device)
             sizes = [size for size in self.model.sizes if size <= max_rows]
-            take = Captured(partial(self._take, stopper), sizes, device)
+            take = Captured(partial(self._take, stopper), sizes, device, self._anybody)
             self._takes[kind] = stopper, take
         return self._takes[kind]
 
@@ -100,7 +98,7 @@ class TorchDraftEngine:
         self._active[:num_padded] = self._caps[:num_padded] > 0
         self._lengths[:num_padded] = 0.0
         self._position.zero_()
-        self._anybody.forget()
+        self._anybody.fill_(True)
 
     def _first_forward(self, rows: Sequence[Row]) -> None:
         """Feed each row all tokens the draft has not seen; keep what it makes of the last ones."""
@@ -127,9 +125,10 @@ class TorchDraftEngine:
         next_positions = self._next_positions[:num_rows]
         self.model.inputs.continue_rows(token_ids, torch.where(active, next_positions, -1))
         next_positions += 1
+        self._anybody.copy_(active.any())
 
     def _read(self, num_rows: int) -> list[Draft]:
-        """Copy the drafts to the host: the one wait of the phase."""
+        """Copy the drafts to the host."""
         drafts = self._drafts[:, :num_rows].cpu().numpy().T
         token_ids, confidences = np.split(drafts[:, :-1], 2, axis=1)
         return [
@@ -139,10 +138,7 @@ class TorchDraftEngine:
 
 
 class _Sampled:
-    """The rows of a phase whose tokens are drawn, with the noise that the target will use.
-
-    Their filters differ from step to step, so no graph is captured of them.
-    """
+    """The rows of a phase whose tokens are drawn, with the noise that the target will use."""
 
     def __init__(self, rows: Sequence[Row], indices: list[int], model: TorchModel) -> None:
         drawn = [rows[i] for i in indices]

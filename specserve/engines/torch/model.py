@@ -117,6 +117,11 @@ class TorchModel:
         """Pass the first `num_tokens` of `inputs` through the layers, into `hidden`."""
         self._pass(self.padded(num_tokens))
 
+    def run_while(self, condition: Tensor, max_tokens: int) -> Captured:
+        """Return `run` for up to `max_tokens`, left out where `condition` does not hold."""
+        sizes = [size for size in self.sizes if size <= max_tokens]
+        return Captured(self._run, sizes, self.device, condition)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits [n, vocab_size] of hidden states [n, hidden size]."""
         logits: Tensor = self._head(inputs_embeds=hidden[None], use_cache=False).logits[0]

@@ -28,35 +28,3 @@ def lay_out(numbers: NDArray[Any], parts: Sequence[Any], sizes: Sequence[int]) -
     for part, size in zip(map(np.atleast_1d, parts), sizes, strict=True):
         numbers[begin : begin + min(size, len(part))] = part[:size]
         begin += size
-
-
-class LateAnswer:
-    """Asks the device yes or no without stopping it: each answer comes one question late.
-
-    While the host waits for the answer to the last question, the work queued since keeps the
-    device busy. On a CPU there is nothing to hide, and answers come at once.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._is_late = device.type == "cuda"
-        self._num_asked = 0
-        if self._is_late:
-            self._answers = torch.zeros(2, dtype=torch.bool, pin_memory=True)
-            self._arrived = [torch.cuda.Event(), torch.cuda.Event()]
-
-    def forget(self) -> None:
-        """Begin anew: the next answer is yes."""
-        self._num_asked = 0
-
-    def ask(self, question: Tensor) -> bool:
-        """Queue a question [] and return the answer to the one before; yes to the first."""
-        if not self._is_late:
-            return bool(question)
-        this, before = self._num_asked % 2, (self._num_asked + 1) % 2
-        self._answers[this].copy_(question, non_blocking=True)
-        self._arrived[this].record()
-        self._num_asked += 1
-        if self._num_asked == 1:
-            return True
-        self._arrived[before].synchronize()
-        return bool(self._answers[before])
