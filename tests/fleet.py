@@ -129,7 +129,7 @@ def balancer(envoy: str, servers: Sequence[Replica], folder: Path) -> Iterator[B
     command = [envoy, "-c", str(path), "--log-level", "warning", "--concurrency", "1"]
     with (folder / "envoy.log").open("wb") as log:
         process = subprocess.Popen(
-            [*command, "--use-dynamic-base-id"], stdout=log, stderr=subprocess.STDOUT
+            [*command, "--disable-hot-restart"], stdout=log, stderr=subprocess.STDOUT
         )
     try:
         wait_until(
