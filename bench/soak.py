@@ -47,7 +47,7 @@ END_ID = 1  # of the demo pair
 TEMPERATURES = (0.0, 0.75, 1.0)
 SAMPLE_S = 5.0
 IDLE_S = 30.0
-LONG_S = 120.0
+FAULTY_SHARE = 2 / 3  # of the time
 LIMITS = Holdings(memory_mib=16.0, num_threads=8, num_descriptors=8)
 KEPT_PER_FAULT = Holdings(memory_mib=0.7, num_threads=35, num_descriptors=1)
 _RESTARTS = re.compile(
@@ -150,7 +150,7 @@ async def _soak(
 ) -> None:
     seconds = 60.0 * options.minutes
     sampling = asyncio.create_task(_sample(server, injector, samples))
-    faults = asyncio.create_task(injector.run(seconds, options.fault_pause_s))
+    faults = asyncio.create_task(injector.run(FAULTY_SHARE * seconds, options.fault_pause_s))
     await crowd.visit(options.clients, asyncio.get_running_loop().time() + seconds)
     await faults
     sampling.cancel()
@@ -219,7 +219,7 @@ def _by_name(samples: Samples) -> dict[str, list[list[Sample]]]:
 
 def _growth(name: str, lives: list[list[Sample]], seconds: float) -> Holdings | None:
     """Return the most that any process of a name grew in a life that was long enough."""
-    enough_s = LONG_S if name in ("draft", "target") else seconds / 2
+    enough_s = seconds / 4 if name in ("draft", "target") else seconds / 2
     long = [life for life in lives if life[-1].time_s - life[0].time_s >= enough_s]
     if name == "tritonserver":
         grown = [growth_of([without_kept(one) for one in life]) for life in long]
