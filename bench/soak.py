@@ -5,9 +5,12 @@ HTTP and the OpenAI endpoint, greedy and sampled with a seed, with objectives, c
 options; a third change their mind. Meanwhile processes are killed and stopped. Every text is
 compared with plain decoding in this process, the part that a client got who left too. Every
 process's own memory, threads and descriptors are read all the time; growth is the median of the
-last quarter less that of the second quarter, of processes that lived so long. The draft and target
-processes are broken too often for that: their growth counts for each process that lived two
-minutes.
+last quarter less that of the second quarter, of processes that lived half of the time; or a quarter
+of it, for the draft and target processes, which are broken all the time but for the last third: in
+them OpenVINO keeps kernels of the shapes that it has seen, and they grow until it keeps no more.
+Server 2.51 keeps what it had for a model whose process died with a call in it (the idle threads of
+the instance, and some memory; without a call nothing stays): `kept_per_fault` of that is taken off
+tritonserver's growth for each.
 
 Ends with status 1 unless every request ended in one of the ways it should, nothing runs or is held
 at the end, nothing grew, and the server left no process and no shared memory.
