@@ -46,12 +46,14 @@ def main() -> int:
         findings = Findings()
         pids = server.pids()
         _send(server, options.inputs * WARM_UP_SHARE, findings)
-        before = {name: holdings(pid) for name, pid in pids.items()}
+        before = _held(server, pids)
         _send(server, options.inputs * (1.0 - WARM_UP_SHARE), findings)
         seconds = time.monotonic() - started_s
         left = left_at_idle(server)
-        restarts = sorted(name for name, pid in server.pids().items() if pids[name] != pid)
-        grown = {} if restarts else _growth(before, pids)
+        after = _held(server, pids)
+        restarts = sorted(pids.keys() - after.keys())
+        said = server.shown()[-2000:] if restarts else ""
+    grown = {name: _growth(before[name], held) for name, held in after.items() if name in before}
     problems = find_problems(findings, restarts, left, grown)
     emit(
         {
@@ -64,6 +66,7 @@ def main() -> int:
             "bad": findings.num_bad,
             "examples": findings.examples,
             "left": left,
+            "said": said,
             "growth": {name: one._asdict() for name, one in grown.items()},
             "config": vars(options),
         },
@@ -110,12 +113,14 @@ def _send_one_way(job: tuple[int, int, int, int, int]) -> Findings:
         return target.findings
 
 
-def _growth(before: Mapping[str, Holdings], pids: Mapping[str, int]) -> dict[str, Any]:
-    after = {name: holdings(pid) for name, pid in pids.items()}
-    return {
-        name: Holdings(*(round(b - a, 1) for a, b in zip(before[name], after[name], strict=True)))
-        for name in after
-    }
+def _held(server: Supervised, pids: Mapping[str, int]) -> dict[str, Holdings]:
+    """Look at those of the processes that still run."""
+    now = server.pids()
+    return {name: holdings(pid) for name, pid in pids.items() if now.get(name) == pid}
+
+
+def _growth(before: Holdings, after: Holdings) -> Holdings:
+    return Holdings(*(round(b - a, 1) for a, b in zip(before, after, strict=True)))
 
 
 def _parse() -> argparse.Namespace:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bench.served import free_ports, read_metrics
 from specserve.launch.marked_processes import MarkedProcesses, command_line
+from specserve.launch.triton_process import model_of
 
 SERVER_ID = "SPECSERVE_SERVER_ID"
 READY = "Ctrl-C stops it."
@@ -68,8 +69,11 @@ class Supervised:
         found = {}
         for pid in MarkedProcesses(SERVER_ID, self.server_id()).pids():
             command = command_line(pid)
-            is_stub = bool(command) and "stub" in Path(command[0]).name
-            found[Path(command[1]).parts[-3] if is_stub else "tritonserver"] = pid
+            model = model_of(command)
+            if model is not None:
+                found[model] = pid
+            elif command and Path(command[0]).name == "tritonserver":
+                found.setdefault("tritonserver", pid)  # a fork of it is called so for a moment
         for pid in self._children():
             if "openai" in command_line(pid):
                 found["openai"] = pid
