@@ -3,6 +3,10 @@
 One table for `specserve`, `ensemble` and `tensorrt_llm_bls`, another for what `specserve` adds for
 the steps beside it in an ensemble; a test compares them with every `config.pbtxt`. Names, types and
 shapes are tensorrtllm_backend's, in the spellings of 0.19 and 1.x, then ours.
+
+NOTE: the batch dimension is a 1 in the shapes of a `config.pbtxt` (`max_batch_size: 0`), and at
+most one dimension of an input is free. A size of 0 beside one of 2^62 has as many bytes as it
+should, and server 2.51's stub dies of it before any Python runs.
 """
 
 from collections.abc import Callable
@@ -84,16 +88,16 @@ INPUTS: tuple[TensorSpec, ...] = (
     TensorSpec("decoder_text_input", "STRING", refuse=_unsupported("an encoder-decoder model")),
     TensorSpec("guided_decoding_guide_type", "STRING", refuse=_GUIDED),
     TensorSpec("guided_decoding_guide", "STRING", refuse=_GUIDED),
-    TensorSpec("prompt_embedding_table", "FP16", (-1, -1), refuse=_PROMPT_TABLE),
+    TensorSpec("prompt_embedding_table", "FP16", (-1, 1), refuse=_PROMPT_TABLE),
     TensorSpec("prompt_vocab_size", "INT32", refuse=_PROMPT_TABLE),
     TensorSpec("prompt_table_extra_id", "UINT64", refuse=_PROMPT_TABLE),
     TensorSpec("lora_task_id", "UINT64", refuse=_LORA),
-    TensorSpec("lora_weights", "FP16", (-1, -1), refuse=_LORA),
+    TensorSpec("lora_weights", "FP16", (-1, 1), refuse=_LORA),
     TensorSpec("lora_config", "INT32", (-1, 3), refuse=_LORA),
-    TensorSpec("image_input", "FP16", (-1, 3, -1, -1), refuse=_IMAGES),
+    TensorSpec("image_input", "FP16", (-1, 3, 1, 1), refuse=_IMAGES),
     TensorSpec("image_sizes_input", "INT64", (-1, 2), refuse=_IMAGES),
-    TensorSpec("image_bytes_input", "UINT8", (-1, -1, -1, -1), refuse=_IMAGES),
-    TensorSpec("video_bytes_input", "UINT8", (-1, -1, -1, -1), refuse=_IMAGES),
+    TensorSpec("image_bytes_input", "UINT8", (-1, 1, 1, 1), refuse=_IMAGES),
+    TensorSpec("video_bytes_input", "UINT8", (-1, 1, 1, 1), refuse=_IMAGES),
     TensorSpec("image_url_input", "STRING", refuse=_IMAGES),
     # SpecServe's own.
     TensorSpec("min_p", "FP32"),

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import grpc
 import pytest
 from endpoint import Endpoint
-from server_client import generate, wait_until_idle
+from server_client import MODELS, generate, wait_until_idle
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from bench.fuzz_targets import Target, ways
 from specserve.launch.installation import find_installation
@@ -36,6 +37,24 @@ def test_bad_input_is_refused_and_tells_nothing_internal(target: Target, index: 
     before = len(target.findings.examples)
     ways(target)[index](NUM_INPUTS)
     assert target.findings.examples[before:] == []
+
+
+@pytest.mark.parametrize("model", [*MODELS, "preprocessing", "watcher", "draft", "target"])
+def test_a_shape_without_content_does_not_end_a_process(endpoint: Endpoint, model: str) -> None:
+    """[0, 2^62] has no bytes, as it should: server 2.51's stub died of it, and all with it."""
+    before = endpoint.server.process.model_pids()
+    with grpc.insecure_channel(f"127.0.0.1:{endpoint.server.grpc_port}") as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        ports = stub.ModelMetadata(service_pb2.ModelMetadataRequest(name=model)).inputs
+        for port in ports:
+            for place in range(len(port.shape)):
+                shape = [2**62 if at == place else 0 for at in range(len(port.shape))]
+                request = service_pb2.ModelInferRequest(model_name=model)
+                request.inputs.add(name=port.name, datatype=port.datatype, shape=shape)
+                request.raw_input_contents.append(b"")
+                (answer,) = stub.ModelStreamInfer(iter([request]), timeout=60.0)
+                assert answer.error_message, (port.name, shape)
+    assert endpoint.server.process.model_pids() == before
 
 
 def test_every_way_in_was_tried_and_the_server_is_as_it_was(

@@ -673,14 +673,14 @@ GRPC_REFUSED = {
         )
         for name in ("two\nlines", "a\u2028b", 'quo"te', "x" * 65)
     },
-    "lora_weights": ({"lora_weights": np.ones((1, 2, 2), np.float16)}, ("lora_weights", "LoRA")),
+    "lora_weights": ({"lora_weights": np.ones((1, 2, 1), np.float16)}, ("lora_weights", "LoRA")),
     "lora_config": ({"lora_config": np.ones((1, 2, 3), np.int32)}, ("lora_config", "LoRA")),
     "prompt_embedding_table": (
-        {"prompt_embedding_table": np.ones((1, 2, 2), np.float16)},
+        {"prompt_embedding_table": np.ones((1, 2, 1), np.float16)},
         ("prompt_embedding_table", "prompt tuning"),
     ),
     "image_input": (
-        {"image_input": np.ones((1, 1, 3, 2, 2), np.float16)},
+        {"image_input": np.ones((1, 1, 3, 1, 1), np.float16)},
         ("image_input", "multimodal"),
     ),
     "image_sizes_input": (
@@ -702,7 +702,7 @@ TRITON_REFUSED = {
     "unknown tensor": ({"bogus": np.ones((1, 1), np.int32)}, ("bogus",)),
     "wrong type": ({"max_tokens": np.ones((1, 1), np.float32)}, ("max_tokens", "FP32", "INT32")),
     "text as number": ({"text_input": np.ones((1, 1), np.int32)}, ("text_input", "INT32")),
-    "two values": ({"max_tokens": np.ones((1, 2), np.int32)}, ("max_tokens", "[1,2]", "[-1,1]")),
+    "two values": ({"max_tokens": np.ones((1, 2), np.int32)}, ("max_tokens", "[1,2]", "[1,1]")),
     "no batch dimension": ({"max_tokens": np.ones(1, np.int32)}, ("max_tokens", "[1]")),
     "too many dimensions": ({"top_k": np.ones((1, 1, 1), np.int32)}, ("top_k", "[1,1,1]")),
     "batch of 2": (
@@ -710,7 +710,7 @@ TRITON_REFUSED = {
             "text_input": np.array([[b"x"], [b"y"]], object),
             "max_tokens": np.ones((2, 1), np.int32),
         },
-        ("batch-size", "<= 1"),
+        ("unexpected shape", "[1,1]", "[2,1]"),
     ),
     "no prompt": ({"text_input": None}, ("text_input",)),
     "no max_tokens": ({"max_tokens": None}, ("max_tokens",)),
