@@ -84,7 +84,9 @@ def _input(request: PlannedRequest) -> dict[str, Any]:
         name: value if isinstance(value, list) else [value]
         for name, value in tensors_of(request).items()
     }
-    return {name: {"content": values, "shape": [len(values)]} for name, values in tensors.items()}
+    return {
+        name: {"content": values, "shape": [1, len(values)]} for name, values in tensors.items()
+    }
 
 
 def _intervals_us(requests: Sequence[PlannedRequest]) -> list[int]:
