@@ -58,6 +58,8 @@ def emit(result: Mapping[str, Any], path: Path | None = None) -> None:
     """Print the result as one JSON line, the last of the output, and append it to a file."""
     line = portable(json.dumps({**result, **context()}, default=str))
     if path is not None:
+        if path.is_absolute() and not path.is_relative_to(ROOT):
+            line = line.replace(str(path), path.name)  # a folder of this machine
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
