@@ -27,7 +27,8 @@ INTERNAL = re.compile(
 # its own, and one that hides what is closed.
 FRONT_END = re.compile(
     r"failed to parse the request JSON buffer|Unable to parse|HTTP end point doesn't support models"
-    r"|This protocol is restricted"
+    r"|This protocol is restricted|attempt to get members for non-object"
+    r"|parameter key '.*' was not found in the JSON"
 )
 _COMPLETION = {"model": "specserve", "prompt": "x", "max_tokens": 2}
 _SERVICE = "/inference.GRPCInferenceService"

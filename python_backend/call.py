@@ -1,7 +1,6 @@
 """One client call, parsed: the request for the scheduler, and what the client wants back."""
 
 import difflib
-import json
 import re
 import secrets
 from collections.abc import Mapping
@@ -62,23 +61,28 @@ class CallParser:
         self._end_id = end_id
 
     def __call__(
-        self, tensors: Tensors, parameters: str, request_id: str, timeout_us: int = 0
+        self,
+        tensors: Tensors,
+        parameters: Mapping[str, Any],
+        request_id: str,
+        timeout_us: int = 0,
     ) -> Call:
         """Parse one call.
 
         Args:
             tensors: with a leading batch dimension of 1.
-            parameters: the request's parameters as JSON.
+            parameters: the request's, by name.
             timeout_us: Triton's own timeout, 0 for none; over HTTP it is among the parameters.
 
         Raises:
             ValueError: with the value, the limit and the fix.
         """
-        others = json.loads(parameters or "{}")
         limit = self._config.limits.max_parameters
-        if len(others) > limit:
-            raise ValueError(f"{len(others)} request parameters are given: the limit is {limit}")
-        _refuse_typos(others)
+        if len(parameters) > limit:
+            raise ValueError(
+                f"{len(parameters)} request parameters are given: the limit is {limit}"
+            )
+        _refuse_typos(parameters)
         for name, array in tensors.items():
             if array.shape[:1] != (1,):
                 raise ValueError(
@@ -96,7 +100,7 @@ class CallParser:
             request_id=request_id,
             slo=SLO(read.seconds("slo_ttft_ms"), read.seconds("slo_tpot_ms")),
             priority_class=self._priority_class(read),
-            timeout_s=self._timeout_s(others.get("timeout", timeout_us)),
+            timeout_s=self._timeout_s(parameters.get("timeout", timeout_us)),
             max_draft_tokens=read.count("max_draft_tokens"),
             num_draft_tokens=read.count("num_draft_tokens"),
             draft_source=self._draft_source(read),

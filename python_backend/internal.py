@@ -4,12 +4,14 @@
 lets every client call every model. So the launcher gives all of them a key that clients have not.
 """
 
+import contextlib
 import hmac
-import json
 import os
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
+
+from python_backend.parameters import read_parameters
 
 KEY_ENV = "SPECSERVE_INTERNAL_KEY"
 _KEY = os.environ.get(KEY_ENV, "")
@@ -21,7 +23,9 @@ def refusal(request: Any) -> Any:
     """Return the response to a call that is not one of ours, or None; without a key all are."""
     if not _KEY:
         return None
-    given = json.loads(request.parameters() or "{}").get("internal_key")
+    given = None
+    with contextlib.suppress(ValueError):
+        given = read_parameters(request).get("internal_key")
     if isinstance(given, str) and hmac.compare_digest(given.encode(), _KEY.encode()):
         return None
     message = "this model serves other models only: call 'ensemble'"

@@ -14,6 +14,7 @@ from python_backend import log
 from python_backend.call import CallParser
 from python_backend.kept_model import KeptModel
 from python_backend.metrics import Metrics
+from python_backend.parameters import read_id, read_parameters
 from python_backend.reply import Reply, send_done
 from python_backend.responder import Responder
 from python_backend.sender import Sender
@@ -104,10 +105,11 @@ class OrchestratorModel:
     def _take(self, request: Any, sender: Sender) -> None:
         tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         if "stop" in tensors and tensors["stop"].any():
-            self._stop(request.request_id(), tensors.get("cancel_key"))
+            self._stop(read_id(request), tensors.get("cancel_key"))
             send_done(sender)
             return
-        call = self._parse(tensors, request.parameters(), request.request_id(), request.timeout())
+        parameters = read_parameters(request)
+        call = self._parse(tensors, parameters, read_id(request), request.timeout())
         reply = Reply(call, sender, self._tokenizer)
         self._responder.add(reply)
         try:

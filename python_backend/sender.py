@@ -1,9 +1,11 @@
 """The way back to one client: responses, errors, and whether it is still there."""
 
-import json
+import contextlib
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
+
+from python_backend.parameters import read_parameters
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 CODED_ERRORS = "coded_errors"
@@ -20,7 +22,9 @@ class Sender:
 
     def __init__(self, request: Any) -> None:
         self._sender = request.get_response_sender()
-        self._is_coded = bool(json.loads(request.parameters() or "{}").get(CODED_ERRORS))
+        self._is_coded = False
+        with contextlib.suppress(ValueError):  # who reads the request says so, through this sender
+            self._is_coded = bool(read_parameters(request).get(CODED_ERRORS))
 
     def is_cancelled(self) -> bool:
         """Return whether the client has gone."""

@@ -5,7 +5,7 @@ No Triton needed: the parser sees arrays only.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,13 @@ def tokenizer(demo_engines: Path) -> Tokenizer:
 def parse(tokenizer: Tokenizer) -> Any:
     """Parse a call of keyword tensors; text_input and max_tokens are given unless set to None."""
 
-    def parse(parameters: str = "", config: Config | None = None, **values: Any) -> Call:
+    def parse(
+        parameters: Mapping[str, Any] | None = None, config: Config | None = None, **values: Any
+    ) -> Call:
         parser = CallParser(config or Config(limits=LIMITS), tokenizer, VOCAB_SIZE, END_ID)
         given = {"text_input": "def f(x):", "max_tokens": 16, **values}
         tensors = {name: tensor(name, value) for name, value in given.items() if value is not None}
-        return parser(tensors, parameters, "client-1")
+        return parser(tensors, parameters or {}, "client-1")
 
     return parse
 
@@ -181,7 +183,7 @@ def test_end_id_of_a_request(parse: Any, end_id: int, expected: int | None) -> N
 def test_a_server_without_end_token_ends_nothing(tokenizer: Tokenizer) -> None:
     parser = CallParser(Config(), tokenizer, VOCAB_SIZE, None)
     tensors = {"text_input": tensor("text_input", "x"), "max_tokens": tensor("max_tokens", 3)}
-    assert parser(tensors, "", "").request.sampling.end_id is None
+    assert parser(tensors, {}, "").request.sampling.end_id is None
 
 
 def test_token_ids_instead_of_text(parse: Any, tokenizer: Tokenizer) -> None:
@@ -407,12 +409,12 @@ def test_typo_in_a_request_parameter_names_what_was_meant(
     parse: Any, typo: str, meant: str
 ) -> None:
     with pytest.raises(ValueError, match=f"'{typo}': did you mean '{meant}'"):
-        parse(parameters=json.dumps({typo: 1}))
+        parse(parameters={typo: 1})
 
 
 def test_other_request_parameters_pass(parse: Any) -> None:
     parameters = {"triton_enable_empty_final_response": True, "sequence_id": 4, "user": "me"}
-    assert parse(parameters=json.dumps(parameters)).request.max_tokens == 16
+    assert parse(parameters=parameters).request.max_tokens == 16
 
 
 def test_every_draft_source_is_known_to_the_parser(parse: Any) -> None:

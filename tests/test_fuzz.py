@@ -5,6 +5,10 @@ A short mode of `python -m bench.fuzz`; OpenAI's schema has `test_openai_fuzz.py
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import json
+import math
 from collections.abc import Iterator
 
 import grpc
@@ -13,7 +17,7 @@ from endpoint import Endpoint
 from server_client import MODELS, generate, wait_until_idle
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from bench.fuzz_targets import Target, ways
+from bench.fuzz_targets import INTERNAL, Target, ways
 from specserve.launch.installation import find_installation
 
 pytestmark = [
@@ -55,6 +59,48 @@ def test_a_shape_without_content_does_not_end_a_process(endpoint: Endpoint, mode
                 (answer,) = stub.ModelStreamInfer(iter([request]), timeout=60.0)
                 assert answer.error_message, (port.name, shape)
     assert endpoint.server.process.model_pids() == before
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("body", [
+    b'{"text_input": "x", "max_tokens": 2, "na\xffme": "x"}',
+    b'{"text_input": "x", "max_tokens": 2, "id": "on\xffe"}',
+])  # fmt: skip
+def test_names_that_are_not_text_are_refused_in_words(
+    endpoint: Endpoint, model: str, body: bytes
+) -> None:
+    """HTTP lets any bytes through, and the stub decodes them when a model asks for them."""
+    for path in ("generate", "generate_stream"):
+        status, text = _post(endpoint, f"/v2/models/{model}/{path}", body)
+        assert "is not UTF-8: " in text, (status, text)
+        assert not INTERNAL.search(text), text
+
+
+@pytest.mark.parametrize("model", ["draft", "target"])
+def test_models_of_the_inside_refuse_parameters_that_are_not_text(
+    endpoint: Endpoint, model: str
+) -> None:
+    with grpc.insecure_channel(f"127.0.0.1:{endpoint.server.grpc_port}") as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        ports = stub.ModelMetadata(service_pb2.ModelMetadataRequest(name=model)).inputs
+    inputs = [
+        {"name": one.name, "datatype": one.datatype, "shape": [max(1, n) for n in one.shape]}
+        for one in ports
+    ]
+    for one in inputs:
+        one["data"] = ["" if one["datatype"] == "BYTES" else 0] * math.prod(one["shape"])
+    body = json.dumps({"parameters": {"@": 1}, "inputs": inputs}).encode()
+    path = f"/v2/models/{model}/infer"
+    status, text = _post(endpoint, path, body.replace(b"@", b"\xff"))
+    assert (status, "call 'ensemble'" in text) == (400, True), text
+
+
+def _post(endpoint: Endpoint, path: str, body: bytes) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", endpoint.server.http_port, timeout=60.0)
+    with contextlib.closing(connection):
+        connection.request("POST", path, body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        return response.status, response.read().decode(errors="replace")
 
 
 def test_every_way_in_was_tried_and_the_server_is_as_it_was(
