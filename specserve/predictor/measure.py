@@ -11,7 +11,9 @@ from specserve.block_manager import BlockManager
 from specserve.engines import DraftEngine, EngineInfo, TargetEngine
 from specserve.predictor.profile import DraftSample, Profile, VerifySample
 
-VERIFY_SIZES = (1, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128)
+# Every small one: kernels for a CPU work on a few rows at a time, and between 4 and 5 tokens a
+# verification without AVX-512 becomes half as long again.
+VERIFY_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128)
 # A change of shape costs OpenVINO some 5 ms on a model of 24 layers: a seventh of a step of one
 # token, and of plain decoding, whose steps are alike. Such a size is timed once of either kind.
 REPEATED_SIZES = 16
