@@ -3,9 +3,11 @@
 Method: one pair of engines in this process, a closed loop of `concurrency` requests of equal
 length, greedy, held-out prompts, measured while the loop is full. Counted are the steps in which
 every row decodes; the rate with prompt processing stands beside it. Every policy runs on the same
-step loop, prompts and clock; rounds interleave the policies in random order, so that a slow moment
-of the machine hits all alike. Policies keep what they learn from round to round; the first rounds
-only warm up (adaptive_verification takes 300 steps for that). `--engine simulated` replays a
+step loop, prompts and clock, and they take turns of a few steps in random order, so that a slow
+moment of the machine hits all alike: the speed of a shared one drifts by a fifth within a minute.
+With `--turn-steps 0` one runs to its end before the next, which needs a KV cache for one of them.
+Policies keep what they learn from round to round; the first rounds only warm up
+(adaptive_verification takes 300 steps for that). `--engine simulated` replays a
 recorded acceptance process in virtual time instead. Benchmark pairs are the demo pair inflated to
 the cost of larger models: real acceptance at real cost, and the text of neither. `--workload mixed`
 has code, prose and random tokens side by side, half of the requests sampled: there drafts of one
@@ -14,30 +16,31 @@ row pay and those of its neighbour do not. It needs real engines: a recording kn
 Example: python -m bench.policies --concurrency 1 2 4 8 16
          python -m bench.policies --engine simulated
          python -m bench.policies --engine torch --device cuda --compile \
-             --engines build/gpu_pair --concurrency 1 4 16 64 256 --requests 2
+             --engines build/gpu_pair --concurrency 1 4 16 64 256 --requests 2 --turn-steps 0
 """
 
 import argparse
 import random
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from bench.closed_loop import ClosedLoop, Stopwatch
 from bench.gpu import describe_gpu
 from bench.precision import native_precision
 from bench.prompts import Asked, held_out_prompts, mixed_workload
 from bench.record import ROOT, emit, made_of
 from specserve import engines
 from specserve.assemble import assemble
-from specserve.config import Config, SchedulerConfig, load_config
-from specserve.core import SpecServe
+from specserve.block_manager import BlockManager
+from specserve.config import Config, SchedulerConfig, TelemetryConfig, load_config
 from specserve.engines import DraftEngine, EngineInfo, TargetEngine
 from specserve.engines.simulated import RecordedAcceptance, SimulatedPair, VirtualClock
 from specserve.pacing import Pacer
@@ -54,6 +57,7 @@ from specserve.telemetry.state import NoTelemetry, Telemetry
 from specserve.text import load_tokenizer
 
 ASSETS = ROOT / "tests" / "assets"
+KEYS_PER_ARM = 1_000_000
 PROMPT_TOKENS = 96
 FILES_WITH_TESTS = 300  # that every Python with its tests has, long enough for a window
 TOTALS = (
@@ -72,32 +76,6 @@ ARMS = {
 }
 
 
-class Run(NamedTuple):
-    """One closed loop while it was full.
-
-    Attributes:
-        num_tokens, seconds: of the steps in which every row decoded.
-        num_all_tokens, all_seconds: of all steps, those with prompt tokens too.
-    """
-
-    core: SpecServe
-    num_tokens: int
-    seconds: float
-    num_all_tokens: int
-    all_seconds: float
-
-
-def _full_decoding(core: SpecServe, concurrency: int, clock: Callable[[], float]) -> Run:
-    num_tokens, seconds, started = 0, 0.0, clock()
-    while len(core.scheduler.requests) >= concurrency:
-        base, output, before = core.stats.num_base_tokens, core.stats.num_output_tokens, clock()
-        core.step()
-        if core.stats.num_base_tokens - base == concurrency:  # one each: no prompt in the step
-            num_tokens += core.stats.num_output_tokens - output
-            seconds += clock() - before
-    return Run(core, num_tokens, seconds, core.stats.num_output_tokens, clock() - started)
-
-
 @dataclass(slots=True)
 class Cell:
     """One policy at one load: totals over the counted rounds.
@@ -112,14 +90,14 @@ class Cell:
     stats: dict[str, float] = field(default_factory=dict)
     step_time_error: tuple[float, float] | None = None
 
-    def add(self, run: Run) -> None:
-        """Count a run."""
-        self.rates.append(run.num_tokens / run.seconds)
-        self.all_rates.append(run.num_all_tokens / run.all_seconds)
+    def add(self, loop: ClosedLoop) -> None:
+        """Count a loop that has come to its end."""
+        self.rates.append(loop.rate)
+        self.all_rates.append(loop.rate_with_prompts)
         for name in TOTALS:
-            self.stats[name] = self.stats.get(name, 0.0) + getattr(run.core.stats, name)
-        if isinstance(run.core.policy, SpecServePolicy):
-            self.step_time_error = run.core.policy.step_time.verify_error()
+            self.stats[name] = self.stats.get(name, 0.0) + getattr(loop.core.stats, name)
+        if isinstance(loop.core.policy, SpecServePolicy):
+            self.step_time_error = loop.core.policy.step_time.verify_error()
 
     @property
     def tokens_per_s(self) -> float:
@@ -146,26 +124,27 @@ class Bench:
         pacer = Pacer(step_time) if step_time and arm == "specserve" else None
         return make_policy(config, step_time), pacer
 
-    def run(
-        self, policy: Policy, pacer: Pacer | None, concurrency: int, options: Any, seed: int
-    ) -> Run:
-        """Run one closed loop until it is no longer full."""
+    def loop(
+        self,
+        made: tuple[Policy, Pacer | None],
+        blocks: BlockManager | None,
+        concurrency: int,
+        requests: Sequence[Request],
+        seed: int,
+    ) -> ClosedLoop:
+        """Make a loop of an arm's policy; `blocks` is what loops that take turns share."""
         draft, target, clock = self.engines_for(seed)
-        limits = [f"scheduler.max_num_seqs={concurrency}", "telemetry.source=none"]
-        config = load_config(None, [*options.overrides, *limits])
+        stopwatch = Stopwatch(clock)
+        scheduler = replace(self.config.scheduler, max_num_seqs=concurrency)
         core = assemble(
-            config, info=self.info, draft_engine=draft, target_engine=target, policy=policy,
-            clock=clock,
+            replace(self.config, scheduler=scheduler, telemetry=TelemetryConfig(source="none")),
+            info=self.info, draft_engine=draft, target_engine=target, policy=made[0],
+            blocks=blocks, clock=stopwatch,
         )  # fmt: skip
-        core.use(policy, pacer)
-        rng = random.Random(seed)
-        count = min(len(self.workload), options.requests * concurrency)
-        started = clock()
-        asked = rng.sample(self.workload, count)
-        for key, (prompt, sampling) in enumerate(asked, 1):  # simulated texts go by the keys
-            request = Request(prompt, options.max_tokens, sampling, key=key)
-            core.scheduler.submit(request, started)
-        return _full_decoding(core, concurrency, clock)
+        core.use(*made)
+        loop = ClosedLoop(core, stopwatch, concurrency)
+        loop.submit(requests)
+        return loop
 
 
 def main() -> None:
@@ -217,7 +196,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--rounds", type=int, default=3, help="counted")
     parser.add_argument("--warmup-rounds", type=int, default=1, help="before them, not counted")
-    parser.add_argument("--requests", type=int, default=3, help="per row and round")
+    parser.add_argument("--requests", type=int, default=1, help="per row and round, at least")
+    parser.add_argument("--min-requests", type=int, default=12, help="of all rows, a round")
+    parser.add_argument("--turn-steps", type=int, default=8, help="0 for runs to the end")
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--engines", default=str(ROOT / "build" / "bench_target"))
     parser.add_argument("--precision", default=native_precision())
@@ -233,18 +214,26 @@ def _parse() -> argparse.Namespace:
             "engine.name=torch", f"engine.device={options.device}",
             f"engine.compile={str(options.compile).lower()}",
         ]  # fmt: skip
-    options.overrides += _room_for(max(options.concurrency))
+    if options.engine == "simulated":
+        options.turn_steps = 0  # a virtual clock does not drift
+    num_loops = len(options.arms) if options.turn_steps else 1
+    options.overrides += _room_for(max(options.concurrency), num_loops)
     return options
 
 
-def _room_for(concurrency: int) -> list[str]:
+def _num_requests(concurrency: int, options: argparse.Namespace) -> int:
+    """Return the requests of a round: as many for every row."""
+    return concurrency * max(options.requests, -(-options.min_requests // concurrency))
+
+
+def _room_for(concurrency: int, num_loops: int) -> list[str]:
     """Raise the limits of a step and the KV cache above their defaults for many requests."""
     limits, overrides = SchedulerConfig(), []
     for name, needed in (
         ("max_num_seqs", concurrency),
         ("max_num_batched_tokens", 8 * concurrency),
         ("prefill_chunk_tokens", 4 * concurrency),
-        ("kv_cache_tokens", 256 * concurrency),
+        ("kv_cache_tokens", 256 * concurrency * num_loops),
     ):
         if needed > getattr(limits, name):
             overrides.append(f"scheduler.{name}={needed}")
@@ -260,7 +249,7 @@ def _real(options: argparse.Namespace) -> Bench:
         config, lambda marks: measure(draft, target, info, marks), telemetry.reading
     )
     tokenizer = load_tokenizer(Path(config.engine.dir) / "target")
-    wanted = max(64, max(options.concurrency) * options.requests)
+    wanted = max(64, *(_num_requests(c, options) for c in options.concurrency))
     per_file = -(-wanted // FILES_WITH_TESTS)
     if options.workload == "mixed":
         workload = mixed_workload(tokenizer, wanted, PROMPT_TOKENS, per_file=per_file)
@@ -282,24 +271,50 @@ def _simulated(options: argparse.Namespace) -> Bench:
         return pair, pair, clock
 
     workload = [Asked([1] * PROMPT_TOKENS, SamplingParams())] * 512
-    return Bench(load_config(None), info, profile, engines_for, workload)
+    return Bench(load_config(None, options.overrides), info, profile, engines_for, workload)
 
 
 def _column(bench: Bench, concurrency: int, options: argparse.Namespace) -> dict[str, Cell]:
-    """Measure all policies at one load, interleaved."""
+    """Measure all policies at one load."""
     policies = {arm: bench.policy(arm) for arm in options.arms}
     cells = {arm: Cell() for arm in options.arms}
     rounds = options.warmup_rounds + options.rounds
     with Progress(transient=True) as progress:
         task = progress.add_task(f"concurrency {concurrency}", total=rounds * len(cells))
         for round_ in range(rounds):
-            order = random.Random(round_).sample(options.arms, len(options.arms))
-            for arm in order:
-                run = bench.run(*policies[arm], concurrency, options, seed=round_)
+            for arm, loop in _round(bench, policies, concurrency, options, round_):
                 if round_ >= options.warmup_rounds:
-                    cells[arm].add(run)
+                    cells[arm].add(loop)
                 progress.advance(task)
     return cells
+
+
+def _round(
+    bench: Bench,
+    policies: dict[str, tuple[Policy, Pacer | None]],
+    concurrency: int,
+    options: argparse.Namespace,
+    seed: int,
+) -> Iterator[tuple[str, ClosedLoop]]:
+    """Yield every arm with its loop, as they come to their ends."""
+    rng = random.Random(seed)
+    asked = rng.sample(bench.workload, _num_requests(concurrency, options))
+    takes_turns = options.turn_steps > 0
+    blocks = BlockManager(bench.info.num_blocks, bench.info.block_size) if takes_turns else None
+    waiting = rng.sample(options.arms, len(options.arms))
+    running: dict[str, ClosedLoop] = {}
+    while waiting or running:
+        while waiting and (takes_turns or not running):
+            arm = waiting.pop()
+            first_key = KEYS_PER_ARM * options.arms.index(arm) if takes_turns else 0
+            requests = [
+                Request(prompt, options.max_tokens, sampling, key=key)
+                for key, (prompt, sampling) in enumerate(asked, first_key + 1)
+            ]
+            running[arm] = bench.loop(policies[arm], blocks, concurrency, requests, seed)
+        for arm in rng.sample(list(running), len(running)):
+            if not running[arm].advance(options.turn_steps or sys.maxsize):
+                yield arm, running.pop(arm)
 
 
 def _per_step(cell: Cell) -> dict[str, float]:

@@ -29,6 +29,7 @@ def assemble(
     target_engine: TargetEngine | None = None,
     draft_keeper: Keeper | None = None,
     policy: Policy | None = None,
+    blocks: BlockManager | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> SpecServe:
     """Make scheduler and step; load in this process the engines that are not given.
@@ -36,6 +37,7 @@ def assemble(
     Args:
         draft_keeper: what replaces the draft engine when it fails; None is for one of this process.
         policy: None makes the configured one, see `prepare`.
+        blocks: of a KV cache that other cores use too; None is for one that has it for itself.
 
     Raises:
         ValueError: a configuration that cannot work, naming the value, the limit and the fix.
@@ -48,7 +50,7 @@ def assemble(
         raise ValueError(
             f"scheduler.max_seq_len is {limit}: the engines were built for {info.max_seq_len}"
         )
-    blocks = BlockManager(info.num_blocks, info.block_size)
+    blocks = blocks or BlockManager(info.num_blocks, info.block_size)
     first = policy or FixedPolicy(0)
     scheduler = Scheduler(
         replace(config.scheduler, max_seq_len=limit),
