@@ -6,12 +6,13 @@ every row decodes; the rate with prompt processing stands beside it. Every polic
 step loop, prompts and clock, and they take turns of a few steps in random order, so that a slow
 moment of the machine hits all alike: the speed of a shared one drifts by a fifth within a minute.
 With `--turn-steps 0` one runs to its end before the next, which needs a KV cache for one of them.
-Policies keep what they learn from round to round; the first rounds only warm up
-(adaptive_verification takes 300 steps for that). `--engine simulated` replays a
-recorded acceptance process in virtual time instead. Benchmark pairs are the demo pair inflated to
-the cost of larger models: real acceptance at real cost, and the text of neither. `--workload mixed`
-has code, prose and random tokens side by side, half of the requests sampled: there drafts of one
-row pay and those of its neighbour do not. It needs real engines: a recording knows greedy code.
+Policies keep what they learn from round to round and from load to load, as on a server; the first
+rounds of a load only warm up (adaptive_verification takes 300 steps for that, at the first load).
+`--engine simulated` replays a recorded acceptance process in virtual time instead. Benchmark pairs
+are the demo pair inflated to the cost of larger models: real acceptance at real cost, and the text
+of neither. `--workload mixed` has code, prose and random tokens side by side, half of the requests
+sampled: there drafts of one row pay and those of its neighbour do not. It needs real engines: a
+recording knows greedy code.
 
 Example: python -m bench.policies --concurrency 1 2 4 8 16
          python -m bench.policies --engine simulated
@@ -23,7 +24,7 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -57,7 +58,8 @@ from specserve.telemetry.state import NoTelemetry, Telemetry
 from specserve.text import load_tokenizer
 
 ASSETS = ROOT / "tests" / "assets"
-KEYS_PER_ARM = 1_000_000
+KEYS = 10_000  # more than there are requests in a round, rounds, and requests at once
+Paced = tuple[Policy, Pacer | None]
 PROMPT_TOKENS = 96
 FILES_WITH_TESTS = 300  # that every Python with its tests has, long enough for a window
 TOTALS = (
@@ -116,7 +118,7 @@ class Bench:
     workload: list[Asked]
     telemetry: Telemetry = field(default_factory=NoTelemetry)
 
-    def policy(self, arm: str) -> tuple[Policy, Pacer | None]:
+    def policy(self, arm: str) -> Paced:
         """Make an arm's policy with a predictor of its own."""
         config = load_config(None, ARMS[arm]).policy
         needed = needs_profile(config.name)
@@ -126,7 +128,7 @@ class Bench:
 
     def loop(
         self,
-        made: tuple[Policy, Pacer | None],
+        made: Paced,
         blocks: BlockManager | None,
         concurrency: int,
         requests: Sequence[Request],
@@ -152,7 +154,8 @@ def main() -> None:
     options = _parse()
     bench = _simulated(options) if options.engine == "simulated" else _real(options)
     started = time.perf_counter()
-    cells = {c: _column(bench, c, options) for c in options.concurrency}
+    policies = {arm: bench.policy(arm) for arm in options.arms}
+    cells = {c: _column(bench, policies, c, options) for c in options.concurrency}
     _print(cells)
     emit(
         {
@@ -274,9 +277,10 @@ def _simulated(options: argparse.Namespace) -> Bench:
     return Bench(load_config(None, options.overrides), info, profile, engines_for, workload)
 
 
-def _column(bench: Bench, concurrency: int, options: argparse.Namespace) -> dict[str, Cell]:
+def _column(
+    bench: Bench, policies: Mapping[str, Paced], concurrency: int, options: argparse.Namespace
+) -> dict[str, Cell]:
     """Measure all policies at one load."""
-    policies = {arm: bench.policy(arm) for arm in options.arms}
     cells = {arm: Cell() for arm in options.arms}
     rounds = options.warmup_rounds + options.rounds
     with Progress(transient=True) as progress:
@@ -291,7 +295,7 @@ def _column(bench: Bench, concurrency: int, options: argparse.Namespace) -> dict
 
 def _round(
     bench: Bench,
-    policies: dict[str, tuple[Policy, Pacer | None]],
+    policies: Mapping[str, Paced],
     concurrency: int,
     options: argparse.Namespace,
     seed: int,
@@ -306,7 +310,8 @@ def _round(
     while waiting or running:
         while waiting and (takes_turns or not running):
             arm = waiting.pop()
-            first_key = KEYS_PER_ARM * options.arms.index(arm) if takes_turns else 0
+            number = options.arms.index(arm) if takes_turns else 0  # simulated texts go by keys
+            first_key = KEYS * (KEYS * (KEYS * number + concurrency) + seed)
             requests = [
                 Request(prompt, options.max_tokens, sampling, key=key)
                 for key, (prompt, sampling) in enumerate(asked, first_key + 1)
