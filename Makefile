@@ -63,11 +63,17 @@ serve: $(SERVE)
 
 build: $(BUILD)
 
+# A server takes both cores; tests without one take one each.
 test: $(TEST)
+ifeq ($(ARGS),)
+	@$(BIN)/pytest tests -n 2 --dist loadfile -m 'not triton'
+	@exec $(BIN)/pytest tests -m triton
+else
 	@exec $(BIN)/pytest tests $(ARGS)
+endif
 
 quick: $(TEST)
-	@exec $(BIN)/pytest tests -m 'not triton and not slow' $(ARGS)
+	@exec $(BIN)/pytest tests -n 2 --dist loadfile -m 'not triton and not slow' $(ARGS)
 
 bench: $(BENCH)
 	@$(BIN)/python -m build_engines bench-target --output build/bench_target
