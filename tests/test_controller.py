@@ -126,6 +126,20 @@ def test_the_least_likely_tokens_go_whichever_row_has_them() -> None:
     assert policy.select(Batch(rows), [[0.9, 0.5 / 0.9, 0.2], [0.6, 0.5, 0.4]]) == [1, 1]
 
 
+def test_a_prompt_in_the_step_makes_no_draft_pay() -> None:
+    """Its half second is spent either way: it is no reason to spend more on unlikely tokens."""
+    policy = make_policy(PolicyConfig(), step_time(num_free_tokens=4, token_s=0.005))
+    for source in policy.acceptances.all:
+        source.judge.weights = np.eye(len(source.judge.weights))[1]  # confidence is acceptance
+    rows, confidences = make_rows(2), [[0.6, 0.6]] * 2
+    policy.plan(rows)
+    assert policy.select(Batch(rows), confidences) == [1, 1], "two tokens cost nothing"
+    prompt = Row(key=9, num_computed_tokens=0, token_ids=[1] * 100, samples=False, block_table=[0])
+    policy._num_steps_off = 0  # no step to explore in
+    policy.plan([*rows, prompt])
+    assert policy.select(Batch([*rows, prompt]), [*confidences, []]) == [0, 0, 0]
+
+
 @given(
     st.lists(st.floats(0.0, 1.0), min_size=1, max_size=12),
     st.lists(st.floats(0.001, 5.0), min_size=13, max_size=13),

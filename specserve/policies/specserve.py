@@ -32,6 +32,7 @@ class _Step:
 
     Attributes:
         verify_s: [m + 1], predicted seconds to verify with 0, ..., m draft tokens.
+        priced_s: [m + 1], of these, without what the step's prompt tokens take whoever drafts.
         deficit: [num_rows], tokens missing at the end of a plain step.
         weight: [num_rows], what a token is worth: more to rows that would end the step late.
         judge, scout: the rows' curves of the draft model's acceptance.
@@ -42,6 +43,7 @@ class _Step:
 
     num_tokens: int
     verify_s: Floats
+    priced_s: Floats
     deficit: Floats
     weight: Floats
     judge: Floats
@@ -58,6 +60,8 @@ class SpecServePolicy:
     * Source: prompt lookup, which is free, where it promises more than the draft model.
     * Drafting: a `ValueRule`, evaluated beside the draft engine after every forward.
     * Verification: the exact optimum over all totals, on the true staircase.
+    * Prompts: the time of a step's prompt tokens is spent whoever drafts, so no rate counts it.
+      Counted, it made every step with a prompt look so slow that any draft seemed to pay.
     * Off: when no draft is expected to pay. A share of the steps explores all the same, and the
       answer has to be clear in either direction before the mode changes.
 
@@ -104,10 +108,14 @@ class SpecServePolicy:
         prompt = sum(len(row.token_ids) - row.samples for row in rows)
         context = sum(row.num_computed_tokens for row in rows)
         curve = self.step_time.verify_curve(num_tokens, num_draft_tokens, context, prompt)
+        priced = curve
+        if prompt:
+            plain_s = self.step_time.verify_s(max(1, num_tokens - prompt), context)
+            priced = curve - max(0.0, float(curve[0]) - plain_s)
         deficit = deficits(rows, float(curve[0]))
         judge, scout = self.acceptances.curves(rows)
         lookups = [row.lookup for row in rows]
-        return _Step(num_tokens, curve, deficit, worths(deficit), judge, scout, lookups)
+        return _Step(num_tokens, curve, priced, deficit, worths(deficit), judge, scout, lookups)
 
     def _choose_sources(
         self, rows: Sequence[Row], step: _Step, caps: Ints
@@ -129,9 +137,9 @@ class SpecServePolicy:
         return uses, np.sort(gains[gains > 0.0])[::-1]
 
     def _prices(self, rows: Sequence[Row], step: _Step, num_drafting: int) -> Prices:
-        plain_s, most_s = float(step.verify_s[0]), float(step.verify_s[-1])
+        plain_s, most_s = float(step.priced_s[0]), float(step.priced_s[-1])
         rate = max(self._rate, sum(row.samples for row in rows) / plain_s)
-        token_s = (most_s - plain_s) / max(1, len(step.verify_s) - 1)
+        token_s = (most_s - plain_s) / max(1, len(step.priced_s) - 1)
         forward_s = float(self.step_time.forward_curve(num_drafting)[-1]) / max(1, num_drafting)
         return Prices(rate * token_s, rate * forward_s)
 
@@ -146,7 +154,7 @@ class SpecServePolicy:
             judge=step.judge.ravel(),
             scout=step.scout.ravel(),
             weight=np.where(fixed, np.inf, step.weight),
-            verify_s=step.verify_s,
+            verify_s=step.priced_s,
             forward_s=forward_s,
             gains=gains,
             base=np.array([base_yield, first_s - forward_s[-1], 1.0]),
@@ -193,9 +201,9 @@ class SpecServePolicy:
         order = np.lexsort((positions, -worth))[: np.count_nonzero(worth)]
         samples = np.array([row.samples for row in batch.rows])
         base = float(step.weight @ samples)
-        best = best_total(worth[order].tolist(), base, step.verify_s.tolist(), step.draft_s)
+        best = best_total(worth[order].tolist(), base, step.priced_s.tolist(), step.draft_s)
         chosen = order[: best.num_tokens]
-        step_s = step.draft_s + float(step.verify_s[best.num_tokens])
+        step_s = step.draft_s + float(step.priced_s[best.num_tokens])
         self._rate = float(samples.sum() + survival.ravel()[chosen].sum()) / step_s
         rows = chosen // survival.shape[1]
         lengths: list[int] = np.bincount(rows, minlength=len(survival)).tolist()
