@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specserve.assemble import assemble
-from specserve.batch import Batch, Row
+from specserve.batch import Batch, Draft, Row, StepRecord, Verified
 from specserve.config import PolicyConfig, SLOConfig, load_config
 from specserve.engines import EngineInfo
 from specserve.engines.simulated import RecordedAcceptance, SimulatedPair, VirtualClock
@@ -23,6 +23,7 @@ from specserve.predictor.measure import Effort, measure
 from specserve.predictor.profile import Profile
 from specserve.predictor.step_time import StepTimeModel
 from specserve.request import SLO
+from specserve.sampling_params import SamplingParams
 
 ASSETS = Path(__file__).parent / "assets"
 NUM_ROWS = 4
@@ -138,6 +139,30 @@ def test_a_prompt_in_the_step_makes_no_draft_pay() -> None:
     policy._num_steps_off = 0  # no step to explore in
     policy.plan([*rows, prompt])
     assert policy.select(Batch([*rows, prompt]), [*confidences, []]) == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("temperature", "verified"), [(0.0, 0), (1.0, 1)])
+def test_off_looks_again_soon_and_verifies_only_where_nothing_else_would_tell(
+    temperature: float, verified: int
+) -> None:
+    """A greedy row's next token shows whether its draft was right; a sampled one's does not."""
+    policy = make_policy(PolicyConfig(), step_time(num_free_tokens=1, token_s=0.05))
+    (row,) = make_rows(1)
+    row = replace(row, sampling=SamplingParams(temperature=temperature))
+    policy._num_steps_off = 0  # it has just gone off
+    looked = []
+    for step in range(1, 101):
+        plan = policy.plan([row])
+        drafts = [Draft([5], [0.5]) if plan.max_draft_tokens[0] else Draft([], [])]
+        (length,) = policy.select(Batch([row]), [drafts[0].confidences])
+        if drafts[0].token_ids:
+            looked.append(step)
+            assert length == verified
+        record = StepRecord(Batch([row]), drafts, [[5][:length]], [Verified([9])], 0.001, 0.01)
+        policy.observe(record)
+    assert looked == [2, 4, 8, 16, 32, 48, 96]
+    (history,) = policy.acceptances.of_model(row).history([row.key])
+    assert history < 0.0, "what was not verified was learnt from too"
 
 
 @given(

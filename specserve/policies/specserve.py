@@ -38,7 +38,8 @@ class _Step:
         judge, scout: the rows' curves of the draft model's acceptance.
         lookups: what prompt lookup has for each row, proposed or not.
         draft_s: predicted seconds of the draft call, once its lengths are known.
-        is_exploring: every row drafts, and has its first token verified, to learn.
+        is_exploring: every row drafts, to learn.
+        must_verify: and has its first token verified.
     """
 
     num_tokens: int
@@ -51,6 +52,7 @@ class _Step:
     lookups: list[Draft | None] = field(default_factory=list)
     draft_s: float = 0.0
     is_exploring: bool = False
+    must_verify: bool = False
 
 
 class SpecServePolicy:
@@ -62,8 +64,10 @@ class SpecServePolicy:
     * Verification: the exact optimum over all totals, on the true staircase.
     * Prompts: the time of a step's prompt tokens is spent whoever drafts, so no rate counts it.
       Counted, it made every step with a prompt look so slow that any draft seemed to pay.
-    * Off: when no draft is expected to pay. A share of the steps explores all the same, and the
-      answer has to be clear in either direction before the mode changes.
+    * Off: when no draft is expected to pay, which has to be clear in either direction before the
+      mode changes. A share of the steps drafts all the same: what the target says next judges a
+      greedy row's first token unverified. A few verify besides, for their time, and sampled rows'
+      always: whether a sampled token is accepted shows nowhere else.
 
     The reasons it gives: owed, yield, cap, off, explore, fixed, prompt; see `_reason`.
 
@@ -71,7 +75,8 @@ class SpecServePolicy:
         decision: of the last step.
     """
 
-    EXPLORE_EVERY = 48  # steps while off
+    EXPLORE_EVERY = 48  # steps while off, and sooner at first
+    VERIFY_EVERY = 8  # explorations: once in so many, more tokens are verified than pay
     ON_MARGIN = 1.02  # promised over plain rate that turns speculation on
     OFF_MARGIN = 1.0
 
@@ -97,8 +102,9 @@ class SpecServePolicy:
         begins = self._gate(rule, model_caps)
         is_off = not (begins.any() or uses_lookup.any())
         self._num_steps_off = self._num_steps_off + 1 if is_off else 0
-        if is_off and self._num_steps_off % self.EXPLORE_EVERY == 0:
+        if is_off and _explores(self._num_steps_off, self.EXPLORE_EVERY):
             step.is_exploring = True
+            step.must_verify = self._num_steps_off % (self.EXPLORE_EVERY * self.VERIFY_EVERY) == 0
             begins = caps > 0
         allowed = np.where(begins | uses_lookup, caps, 0)
         return DraftPlan(allowed.tolist(), rule, uses_lookup.tolist(), is_sampled=True)
@@ -187,7 +193,7 @@ class SpecServePolicy:
         for i, row in enumerate(batch.rows):
             if row.has_fixed_draft:
                 chosen[i] = lengths[i]
-            elif step.is_exploring:
+            elif step.must_verify or (step.is_exploring and not row.sampling.is_greedy):
                 chosen[i] = max(chosen[i], min(lengths[i], 1))
         reasons = [_reason(row, step, i, chosen[i], lengths[i]) for i, row in enumerate(batch.rows)]
         predicted_s = step.draft_s + float(step.verify_s[sum(chosen)])
@@ -244,6 +250,12 @@ class SpecServePolicy:
     def release(self, keys: Sequence[int]) -> None:
         """Forget finished requests."""
         self.acceptances.forget(keys)
+
+
+def _explores(num_steps_off: int, most: int) -> bool:
+    """Look again after 2, 4, 8, ... steps: a text soon moves on. Later every `most` steps."""
+    is_power = num_steps_off & (num_steps_off - 1) == 0
+    return num_steps_off % most == 0 or (is_power and 1 < num_steps_off < most)
 
 
 def _drafted(rows: Sequence[Row], lengths: Sequence[int]) -> list[tuple[Row, int]]:

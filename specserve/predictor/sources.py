@@ -70,14 +70,16 @@ class Acceptances:
             lookups: what prompt lookup had for each row, proposed or not.
         """
         outcomes: dict[AcceptanceModel, list[Outcome]] = {source: [] for source in self.all}
-        for row, draft, lookup, verified in zip(
-            record.batch.rows, record.drafts, lookups, record.outputs, strict=True
+        for row, draft, chosen, lookup, verified in zip(
+            record.batch.rows, record.drafts, record.chosen, lookups, record.outputs, strict=True
         ):
             output = verified.output_token_ids
-            if output and draft.token_ids and row.lookup is None:
-                outcomes[self.of_model(row)].append(_outcome(row.key, draft, output))
             if output and lookup is not None:
                 outcomes[self.ngram].append(_outcome(row.key, lookup, output))
+            # what a sampled token would have come to shows in its own verification only
+            known = output if row.sampling.is_greedy else output[: len(chosen)]
+            if known and draft.token_ids and row.lookup is None:
+                outcomes[self.of_model(row)].append(_outcome(row.key, draft, known))
         for source, of_source in outcomes.items():
             source.observe(of_source)
 
