@@ -130,16 +130,19 @@ def new_policy(policy: PolicyConfig | str) -> Policy:
     return make_policy(config, step_time() if needs_profile(config.name) else None)
 
 
-def step_time(num_free_tokens: int = 32, token_s: float = 0.001) -> StepTimeModel:
+def step_time(
+    num_free_tokens: int = 32, token_s: float = 0.001, change_s: float = 0.0
+) -> StepTimeModel:
     """Return a predictor of its own.
 
-    A verification takes 10 ms up to `num_free_tokens`, then `token_s` more for each token.
+    A verification takes 10 ms up to `num_free_tokens`, then `token_s` more for each token, and
+    `change_s` after one of another number of tokens.
     """
-    return copy.deepcopy(_step_time(num_free_tokens, token_s))
+    return copy.deepcopy(_step_time(num_free_tokens, token_s, change_s))
 
 
 @functools.cache
-def _step_time(num_free_tokens: int, token_s: float) -> StepTimeModel:
+def _step_time(num_free_tokens: int, token_s: float, change_s: float) -> StepTimeModel:
     verify = [
         VerifySample(n, n, context, 0.010 + token_s * max(0, n - num_free_tokens))
         for n in sorted({1, 2, 4, 8, 16, 32, 33, 40, 48, 64, 128, num_free_tokens})
@@ -150,7 +153,7 @@ def _step_time(num_free_tokens: int, token_s: float) -> StepTimeModel:
         for rows in (1, 4, 16, 32)
         for k in (1, 4, 8)
     ]
-    return StepTimeModel(Profile({}, tuple(verify), tuple(draft)))
+    return StepTimeModel(Profile({}, tuple(verify), tuple(draft), change_s=change_s))
 
 
 def policy_of(policy: PolicyConfig | str) -> PolicyConfig:

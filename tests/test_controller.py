@@ -64,6 +64,16 @@ def test_profile_of_a_slow_machine_takes_less_than_two_minutes(
         assert found.verify_s(size, 512) == pytest.approx(truth, rel=0.1)
 
 
+def test_a_change_of_shape_is_measured_apart(profile: Profile) -> None:
+    clock, info = VirtualClock(), EngineInfo(4096, 4096, num_blocks=512, block_size=32)
+    pair = SimulatedPair(StepTimeModel(replace(profile, change_s=0.003)), clock, Coin())
+    found = measure(pair, pair, info, {}, Effort(), clock)
+    assert found.change_s == pytest.approx(0.003)
+    for size in (1, 8, 64):
+        truth = StepTimeModel(profile).verify_s(size, 512)
+        assert StepTimeModel(found).verify_s(size, 512) == pytest.approx(truth, rel=0.1)
+
+
 # -- a noisy profile ---------------------------------------------------------------------------
 
 
@@ -139,6 +149,21 @@ def test_a_prompt_in_the_step_makes_no_draft_pay() -> None:
     policy._num_steps_off = 0  # no step to explore in
     policy.plan([*rows, prompt])
     assert policy.select(Batch([*rows, prompt]), [*confidences, []]) == [0, 0, 0]
+
+
+def test_the_shape_of_the_last_step_is_kept_unless_another_pays_for_the_change() -> None:
+    believed = step_time(num_free_tokens=1, token_s=0.005)
+    changing = step_time(num_free_tokens=1, token_s=0.005, change_s=0.004)
+    for last, with_change in ((1, 0), (2, 1), (3, 2)):
+        lengths = []
+        for model in (believed, changing):
+            policy = make_policy(PolicyConfig(), model)
+            for source in policy.acceptances.all:
+                source.judge.weights = np.eye(len(source.judge.weights))[1]
+            policy.step_time.has_verified(last)
+            policy.plan(make_rows(1))
+            lengths += policy.select(Batch(make_rows(1)), [[0.6, 0.8]])
+        assert lengths == [1, with_change]
 
 
 @pytest.mark.parametrize(("temperature", "verified"), [(0.0, 0), (1.0, 1)])

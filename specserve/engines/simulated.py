@@ -136,7 +136,10 @@ class SimulatedPair:
             would = self.process.at(*_place(row))[1]
             accepted = min(len(draft), would)
             outputs.append(Verified([0] * accepted + [int(would <= accepted)]))
-        self.clock.advance(self.truth.verify_s(*target_pass(batch, chosen)))
+        num_tokens, *others = target_pass(batch, chosen)
+        self.clock.advance(self.truth.verify_s(num_tokens, *others))
+        self.clock.advance(float(self.truth.change_curve(num_tokens)[0]))
+        self.truth.has_verified(num_tokens)
         return outputs
 
     def release(self, keys: Sequence[int]) -> None:

@@ -118,6 +118,8 @@ class SpecServePolicy:
         if prompt:
             plain_s = self.step_time.verify_s(max(1, num_tokens - prompt), context)
             priced = curve - max(0.0, float(curve[0]) - plain_s)
+        change = self.step_time.change_curve(num_tokens, num_draft_tokens)
+        curve, priced = curve + change, priced + change
         deficit = deficits(rows, float(curve[0]))
         judge, scout = self.acceptances.curves(rows)
         lookups = [row.lookup for row in rows]

@@ -14,8 +14,9 @@ from specserve.predictor.profile import DraftSample, Profile, VerifySample
 # Every small one: kernels for a CPU work on a few rows at a time, and between 4 and 5 tokens a
 # verification without AVX-512 becomes half as long again.
 VERIFY_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128)
-# A change of shape costs OpenVINO some 5 ms on a model of 24 layers: a seventh of a step of one
-# token, and of plain decoding, whose steps are alike. Such a size is timed once of either kind.
+# A change of shape costs OpenVINO some milliseconds on a model of 24 layers: a tenth of a step of
+# one token, and plain decoding, whose steps are alike, has none. Small sizes are timed twice, after
+# another and after themselves, which tells the two apart.
 REPEATED_SIZES = 16
 PROMPT_SIZES = (32, 128)
 DRAFT_ROWS = (1, 2, 4, 8, 16, 32)
@@ -60,17 +61,22 @@ def measure(
     """
     bench = _Bench(draft, target, info, clock)
     times: dict[VerifySample | DraftSample, list[float]] = {}
+    changes: list[float] = []
     for context in effort.context_tokens:
         end = clock() + effort.budget_s / len(effort.context_tokens)
         rows = bench.fill(context, min(effort.num_rows, max(1, effort.max_fill_tokens // context)))
         for round_ in range(effort.num_rounds + 1):
             if round_ > 1 and clock() > end:
                 break
-            for point, seconds in _points(bench, rows, context):
-                if round_:  # the first one warms up
-                    times.setdefault(point, []).append(seconds)
+            for point, first_s, again_s in _points(bench, rows, context):
+                if round_ == 0:
+                    continue  # it warms up
+                times.setdefault(point, []).append(first_s if again_s is None else again_s)
+                if again_s is not None:
+                    changes.append(first_s - again_s)
         bench.release(rows)
-    typical = {point: float(np.percentile(values, 25)) for point, values in times.items()}
+    change_s = max(0.0, float(np.median(changes)))
+    typical = {point: _unchanged(point, values, change_s) for point, values in times.items()}
     return Profile(
         fingerprint=fingerprint,
         verify=tuple(
@@ -83,30 +89,40 @@ def measure(
             for p, t in typical.items()
             if isinstance(p, DraftSample)
         ),
+        change_s=change_s,
     )
+
+
+def _unchanged(
+    point: VerifySample | DraftSample, seconds: Sequence[float], change_s: float
+) -> float:
+    """Return the lower quartile, without the change of shape where it was in every sample."""
+    typical = float(np.percentile(seconds, 25))
+    if isinstance(point, VerifySample) and point.num_tokens > REPEATED_SIZES:
+        return max(typical - change_s, 0.5 * typical)
+    return typical
 
 
 def _points(
     bench: "_Bench", rows: Sequence[Row], context: int
-) -> Iterator[tuple[VerifySample | DraftSample, float]]:
-    """Time every point once; the samples are keys, with 0 for their seconds."""
+) -> Iterator[tuple[VerifySample | DraftSample, float, float | None]]:
+    """Time every point, small verifications twice; the samples are keys, without seconds."""
     for size in bench.verify_sizes:
         num_rows = min(len(rows), max(1, size // 3))
         seconds = bench.verify(rows[:num_rows], size)
-        if size <= REPEATED_SIZES:
-            seconds = (seconds + bench.verify(rows[:num_rows], size)) / 2.0
-        yield VerifySample(size, size, num_rows * context, 0.0), seconds
+        again_s = bench.verify(rows[:num_rows], size) if size <= REPEATED_SIZES else None
+        yield VerifySample(size, size, num_rows * context, 0.0), seconds, again_s
     for size in PROMPT_SIZES:
-        yield VerifySample(size, 0, context, 0.0), bench.prompt(rows[0], size)
+        yield VerifySample(size, 0, context, 0.0), bench.prompt(rows[0], size), None
     for num_rows in DRAFT_ROWS:
         if num_rows > len(rows):
             break
         for length in DRAFT_LENGTHS:
             seconds = bench.draft(rows[:num_rows], length, 1)
-            yield DraftSample(num_rows, length, num_rows, num_rows * context, 0.0), seconds
+            yield DraftSample(num_rows, length, num_rows, num_rows * context, 0.0), seconds, None
     for catch_up in (16, min(context, 128)):
         seconds = bench.draft(rows[:1], 1, catch_up)
-        yield DraftSample(1, 1, catch_up, context, 0.0), seconds
+        yield DraftSample(1, 1, catch_up, context, 0.0), seconds, None
 
 
 class _Bench:

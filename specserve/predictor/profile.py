@@ -48,6 +48,8 @@ class Profile:
     Attributes:
         fingerprint: what the numbers depend on: device, engine, precision, threads, versions, pair.
         source: "measured", or where an estimate comes from.
+        change_s: seconds that a verification takes more when the one before was of another number
+            of tokens; an engine with shapes of its own for every number has to prepare for them.
         clocks: the device's, while it was measured; None if it did not say.
     """
 
@@ -57,6 +59,7 @@ class Profile:
     source: str = "measured"
     format: int = FORMAT
     clocks: Clocks | None = None
+    change_s: float = 0.0
 
     def check(self, fingerprint: Mapping[str, str]) -> None:
         """Refuse numbers of something else.
@@ -94,6 +97,10 @@ class Profile:
             verify = tuple(build(VerifySample, sample, "verify") for sample in tree["verify"])
             draft = tuple(build(DraftSample, sample, "draft") for sample in tree["draft"])
             clocks = Clocks(*tree["clocks"]) if tree.get("clocks") else None
-            return cls(tree["fingerprint"], verify, draft, tree["source"], clocks=clocks)
+            change_s = float(tree.get("change_s", 0.0))
+            return cls(
+                tree["fingerprint"], verify, draft, tree["source"],
+                clocks=clocks, change_s=change_s,
+            )  # fmt: skip
         except (KeyError, TypeError) as error:
             raise ValueError(f"profile {path.name} is incomplete: {error}") from error

@@ -36,6 +36,8 @@ class StepTimeModel:
         self._draft = _DraftTime(profile.draft)
         self._cache: dict[tuple[int, ...], Floats] = {}
         self._num_observed = 0
+        self._change_s = profile.change_s
+        self._last_num_tokens = 0
 
     def verify_curve(
         self, num_tokens: int, num_more: int, context_tokens: int, num_prompt_tokens: int = 0
@@ -61,6 +63,21 @@ class StepTimeModel:
     def verify_s(self, num_tokens: int, context_tokens: int, num_prompt_tokens: int = 0) -> float:
         """Predict one verification."""
         return float(self.verify_curve(num_tokens, 0, context_tokens, num_prompt_tokens)[0])
+
+    def change_curve(self, num_tokens: int, num_more: int = 0) -> Floats:
+        """Predict what verify_curve leaves out: the time that a change of shape takes.
+
+        Returns:
+            [num_more + 1] seconds; 0 for as many tokens as the last verification had.
+        """
+        curve = np.full(num_more + 1, self._change_s)
+        if 0 <= self._last_num_tokens - num_tokens <= num_more:
+            curve[self._last_num_tokens - num_tokens] = 0.0
+        return curve
+
+    def has_verified(self, num_tokens: int) -> None:
+        """Remember the shape of a verification."""
+        self._last_num_tokens = num_tokens
 
     def forward_curve(self, num_rows: int, context_tokens: int = 0) -> Floats:
         """Predict one more draft forward of 0, 1, ..., num_rows rows.
@@ -98,6 +115,7 @@ class StepTimeModel:
     def observe_verify(self, num_tokens: int, predicted_s: float, measured_s: float) -> None:
         """Learn one measured verification from what was predicted for it."""
         self._refresh()
+        self.has_verified(num_tokens)
         self._verify.correction.observe(num_tokens, predicted_s, measured_s)
 
     def observe_draft(self, num_rows: int, predicted_s: float, measured_s: float) -> None:
