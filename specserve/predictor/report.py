@@ -36,7 +36,8 @@ def measure_and_describe(config: Config, output: Path | None) -> tuple[Table, Pa
 
 def _table(profile: Profile) -> Table:
     model = StepTimeModel(profile)
-    table = Table(title="Verification: measured and predicted")
+    change = f"after one of another number of tokens: {profile.change_s * 1e3:.2f} ms more"
+    table = Table(title="Verification: measured and predicted", caption=change)
     for column in ("tokens", "of them prompt", "context", "measured ms", "predicted ms"):
         table.add_column(column, justify="right")
     for s in profile.verify:

@@ -24,7 +24,8 @@ class StepTimeModel:
     """Predicts T(draft forwards, target tokens, context tokens) in seconds.
 
     verify(n, c) = roofline(n, c; device state) * staircase(n) * correction(n) - prompt tokens'
-    saved logits. draft = call overhead + one time per forward, by the rows still drafting.
+    saved logits; `change_curve` is what another n than the last adds. draft = call overhead + one
+    time per forward, by the rows still drafting.
     The device's state counts relative to that in which the profile was taken.
     """
 
