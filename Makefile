@@ -13,10 +13,10 @@ BENCH_TRACE ?= $(if $(SPECSERVE_DATA),azure_2023_conv,poisson)
 BENCH_OUTPUT ?= build/bench/$(shell git describe --always --dirty --abbrev=12)
 BENCH_ARGS ?= --load 0.3 --load 0.7 --slo-scale 1 --window-s 10 --warm-up-s 4 --length-scale 0.25 \
   --low-requests 12 --flood-requests 30
-# The results under bench/results: both Azure traces, every policy, three loads; some 50 minutes on
+# The results under bench/results: both Azure traces, every policy, three loads; half an hour on
 # two cores that are quiet, and a quarter of an hour. Both go on where they were stopped.
 GRID := bench/results/grid.jsonl
-GRID_ARGS := --load 0.3 --load 0.6 --load 0.9 --slo-scale 1 --window-s 24 --warm-up-s 5 \
+GRID_ARGS := --load 0.3 --load 0.6 --load 0.9 --slo-scale 1 --window-s 16 --warm-up-s 5 \
   --length-scale 0.25
 GRID_SIMULATED := bench/results/grid_simulated.jsonl
 GRID_SIMULATED_ARGS := --window-s 60 --repeats 6 --set scheduler.max_seq_len=2048
