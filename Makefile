@@ -13,7 +13,7 @@ BENCH_TRACE ?= $(if $(SPECSERVE_DATA),azure_2023_conv,poisson)
 BENCH_OUTPUT ?= build/bench/$(shell git describe --always --dirty --abbrev=12)
 BENCH_ARGS ?= --load 0.3 --load 0.7 --slo-scale 1 --window-s 10 --warm-up-s 4 --length-scale 0.25 \
   --low-requests 12 --flood-requests 30
-# The results under bench/results: both Azure traces, every policy, three loads; half an hour on
+# The results under bench/results: both Azure traces, every policy, three loads; 40 minutes on
 # two cores that are quiet, and a quarter of an hour. Both go on where they were stopped.
 GRID := bench/results/grid.jsonl
 GRID_ARGS := --load 0.3 --load 0.6 --load 0.9 --slo-scale 1 --window-s 16 --warm-up-s 5 \
