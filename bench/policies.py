@@ -8,11 +8,11 @@ moment of the machine hits all alike: the speed of a shared one drifts by a fift
 With `--turn-steps 0` one runs to its end before the next, which needs a KV cache for one of them.
 Policies keep what they learn from round to round and from load to load, as on a server; the first
 rounds of a load only warm up (adaptive_verification takes 300 steps for that, at the first load).
-`--engine simulated` replays a recorded acceptance process in virtual time instead. Benchmark pairs
-are the demo pair inflated to the cost of larger models: real acceptance at real cost, and the text
-of neither. `--workload mixed` has code, prose and random tokens side by side, half of the requests
-sampled: there drafts of one row pay and those of its neighbour do not. It needs real engines: a
-recording knows greedy code.
+`--engine simulated` replays a recorded acceptance process in virtual time instead, a process for
+each policy, as many at once as there are cores. Benchmark pairs are the demo pair inflated to the
+cost of larger models: real acceptance at real cost, and the text of neither. `--workload mixed` has
+code, prose and random tokens side by side, half of the requests sampled: there drafts of one row
+pay and those of its neighbour do not. It needs real engines: a recording knows greedy code.
 
 Example: python -m bench.policies --concurrency 1 2 4 8 16
          python -m bench.policies --engine simulated
@@ -21,10 +21,12 @@ Example: python -m bench.policies --concurrency 1 2 4 8 16
 """
 
 import argparse
+import os
 import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -60,6 +62,7 @@ from specserve.text import load_tokenizer
 ASSETS = ROOT / "tests" / "assets"
 KEYS = 10_000  # more than there are requests in a round, rounds, and requests at once
 Paced = tuple[Policy, Pacer | None]
+Grid = dict[int, dict[str, "Cell"]]  # concurrency -> arm
 PROMPT_TOKENS = 96
 FILES_WITH_TESTS = 300  # that every Python with its tests has, long enough for a window
 TOTALS = (
@@ -152,10 +155,12 @@ class Bench:
 def main() -> None:
     """Run the grid, print a table, then one JSON line."""
     options = _parse()
-    bench = _simulated(options) if options.engine == "simulated" else _real(options)
     started = time.perf_counter()
-    policies = {arm: bench.policy(arm) for arm in options.arms}
-    cells = {c: _column(bench, policies, c, options) for c in options.concurrency}
+    if options.engine == "simulated":
+        cells, gpu = _simulated_grid(options), None
+    else:
+        bench = _real(options)
+        cells, gpu = _grid(bench, options), describe_gpu(bench.telemetry)
     _print(cells)
     emit(
         {
@@ -163,7 +168,7 @@ def main() -> None:
             "engine": options.engine,
             "workload": options.workload,
             "pair": None if options.engine == "simulated" else made_of(options.engines),
-            "gpu": describe_gpu(bench.telemetry),
+            "gpu": gpu,
             "tokens_per_s": {
                 arm: {str(c): round(cells[c][arm].tokens_per_s, 2) for c in cells}
                 for arm in options.arms
@@ -277,13 +282,31 @@ def _simulated(options: argparse.Namespace) -> Bench:
     return Bench(load_config(None, options.overrides), info, profile, engines_for, workload)
 
 
+def _simulated_grid(options: argparse.Namespace) -> Grid:
+    """Measure every policy in a process of its own: what shares no clock cannot disturb it."""
+    arms = options.arms[::-1]  # the last one takes longest
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        jobs = [argparse.Namespace(**{**vars(options), "arms": [arm]}) for arm in arms]
+        columns = dict(zip(arms, pool.map(_simulated_arm, jobs), strict=True))
+    return {c: {arm: columns[arm][c][arm] for arm in options.arms} for c in options.concurrency}
+
+
+def _simulated_arm(options: argparse.Namespace) -> Grid:
+    return _grid(_simulated(options), options)
+
+
+def _grid(bench: Bench, options: argparse.Namespace) -> Grid:
+    policies = {arm: bench.policy(arm) for arm in options.arms}
+    return {c: _column(bench, policies, c, options) for c in options.concurrency}
+
+
 def _column(
     bench: Bench, policies: Mapping[str, Paced], concurrency: int, options: argparse.Namespace
 ) -> dict[str, Cell]:
     """Measure all policies at one load."""
     cells = {arm: Cell() for arm in options.arms}
     rounds = options.warmup_rounds + options.rounds
-    with Progress(transient=True) as progress:
+    with Progress(transient=True, disable=options.engine == "simulated") as progress:
         task = progress.add_task(f"concurrency {concurrency}", total=rounds * len(cells))
         for round_ in range(rounds):
             for arm, loop in _round(bench, policies, concurrency, options, round_):
@@ -339,7 +362,7 @@ def _against_best(cells: dict[str, Cell]) -> float:
     return cells["specserve"].tokens_per_s / max(others) if "specserve" in cells else 0.0
 
 
-def _geometric_mean(columns: dict[int, dict[str, Cell]]) -> float:
+def _geometric_mean(columns: Grid) -> float:
     ratios = [
         cells["specserve"].tokens_per_s / cells["adaspec_released"].tokens_per_s
         for cells in columns.values()
@@ -348,7 +371,7 @@ def _geometric_mean(columns: dict[int, dict[str, Cell]]) -> float:
     return float(np.exp(np.mean(np.log(ratios)))) if ratios else 0.0
 
 
-def _print(columns: dict[int, dict[str, Cell]]) -> None:
+def _print(columns: Grid) -> None:
     table = Table(title="Output tokens per second, against plain decoding")
     table.add_column("policy")
     for concurrency in columns:
