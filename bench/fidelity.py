@@ -15,11 +15,12 @@ Example: python -m bench.fidelity --figure bench/results/step_time.png
 
 import argparse
 import time
+from bisect import bisect
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from matplotlib import rc_context
 from rich.console import Console
 from rich.table import Table
@@ -41,9 +42,8 @@ from bench.workloads.prompts import standard_library
 from specserve import engines
 from specserve.batch import Batch, Verified
 from specserve.config import PolicyConfig, load_config
-from specserve.engines.simulated import RecordedAcceptance, target_pass
+from specserve.engines.simulated import RecordedAcceptance, target_pass_s
 from specserve.predictor.measure import Effort, measure
-from specserve.predictor.profile import Profile
 from specserve.predictor.step_time import StepTimeModel
 from specserve.predictor.store import fingerprint
 from specserve.text import load_tokenizer
@@ -57,9 +57,9 @@ class Result(NamedTuple):
     """One window under one policy.
 
     Attributes:
-        slowness: verification time over that of the profile.
-        ratios: simulated over real latencies, on a profile that many times slower.
-        as_profiled: the same on the profile as it was measured.
+        slowness: verification time over that of the profile, in the whole run.
+        ratios: simulated over real latencies, on a machine that was as slow at every moment.
+        as_profiled: the same at the profile's speed.
     """
 
     policy: str
@@ -103,13 +103,13 @@ def main() -> None:
         texts = OwnTexts.of(warm_up, plan)
         for arm in options.policy:
             real = device.run(arm_overrides(arm), warm_up, plan)
-            slowness = device.take_slowness()
             ratios = []
-            for profile in (scaled(device.profile, slowness), device.profile):
-                simulated = on_profile(overrides, profile, lambda _, texts=texts: texts)
+            for slowness in (device.slowness.at, None):
+                profile, process_for = device.profile, lambda _, texts=texts: texts
+                simulated = on_profile(overrides, profile, process_for, slowness)
                 again = simulated.run(arm_overrides(arm), warm_up, plan)
                 ratios.append(_ratios(again, real, plan))
-            results.append(Result(arm, rate_rps, round(slowness, 3), *ratios))
+            results.append(Result(arm, rate_rps, round(device.slowness.mean, 3), *ratios))
             if arm == OURS:
                 runs[rate_rps] = real
     errors = {f"{rate:g}": error_of(run.steps) for rate, run in runs.items()}
@@ -144,6 +144,38 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+class Slowness:
+    """How many times as long as predicted the verifications of a run took, and when."""
+
+    WITHIN_S = 5.0
+
+    def __init__(self) -> None:
+        self._started_s = time.perf_counter()
+        self._ends_s: list[float] = []
+        self._totals_s = [(0.0, 0.0)]  # measured and predicted, up to each
+
+    def add(self, measured_s: float, predicted_s: float) -> None:
+        """Note one that ends now."""
+        measured_before_s, predicted_before_s = self._totals_s[-1]
+        self._ends_s.append(time.perf_counter() - self._started_s)
+        self._totals_s.append((measured_before_s + measured_s, predicted_before_s + predicted_s))
+
+    @property
+    def mean(self) -> float:
+        """The whole run's."""
+        measured_s, predicted_s = self._totals_s[-1]
+        return measured_s / predicted_s
+
+    def at(self, elapsed_s: float) -> float:
+        """Return that of some seconds around a moment of the run; without any, the mean."""
+        first = bisect(self._ends_s, elapsed_s - self.WITHIN_S)
+        last = bisect(self._ends_s, elapsed_s + self.WITHIN_S)
+        if first == last:
+            return self.mean
+        measured_s, predicted_s = np.subtract(self._totals_s[last], self._totals_s[first])
+        return float(measured_s / predicted_s)
+
+
 class _Device:
     """The engines, measured now, and how much slower than then a run has found them."""
 
@@ -153,33 +185,23 @@ class _Device:
         draft, self._target = engines.make_draft_engine(config), engines.make_target_engine(config)
         self.profile = measure(draft, self._target, info, fingerprint(config), Effort())
         self._step_time = StepTimeModel(self.profile)
-        self._measured_s = self._predicted_s = 0.0
+        self.slowness = Slowness()
         self.release = self._target.release
         device = Device(draft, self, WallClock())
-        self.run = InProcess(overrides, info, self.profile, lambda _: device).run
+        self._in_process = InProcess(overrides, info, self.profile, lambda _: device)
+
+    def run(self, overrides: Sequence[str], warm_up: Plan, plan: Plan) -> Run:
+        """Replay a window, and note how slow the engines are."""
+        self.slowness = Slowness()
+        return self._in_process.run(overrides, warm_up, plan)
 
     def verify(self, batch: Batch, chosen: Sequence[Sequence[int]]) -> list[Verified]:
         """Verify, and note how long it took and should have taken. See `TargetEngine`."""
         started = time.perf_counter()
         verified = self._target.verify(batch, chosen)
-        self._measured_s += time.perf_counter() - started
-        self._predicted_s += self._step_time.verify_s(*target_pass(batch, chosen))
+        measured_s = time.perf_counter() - started
+        self.slowness.add(measured_s, target_pass_s(self._step_time, batch, chosen))
         return verified
-
-    def take_slowness(self) -> float:
-        """Return seconds of verification per second predicted, since it was asked last."""
-        slowness = self._measured_s / self._predicted_s
-        self._measured_s = self._predicted_s = 0.0
-        return slowness
-
-
-def scaled(profile: Profile, slowness: float) -> Profile:
-    """Return the profile of a machine so many times slower."""
-    return replace(
-        profile,
-        verify=tuple(replace(s, seconds=s.seconds * slowness) for s in profile.verify),
-        draft=tuple(replace(s, seconds=s.seconds * slowness) for s in profile.draft),
-    )
 
 
 def _planner(overrides: Sequence[str]) -> Planner:

@@ -110,20 +110,39 @@ def simulated(overrides: Sequence[str], profile_path: Path, recording: Path) -> 
     )
 
 
+class _SlowedClock(VirtualClock):
+    """Advances another clock by more than it is told."""
+
+    def __init__(self, clock: VirtualClock, slowness: Callable[[float], float]) -> None:
+        super().__init__()
+        self._clock = clock
+        self._slowness = slowness
+
+    def advance(self, seconds: float) -> None:
+        """Let as many times the seconds pass as the machine is slow now."""
+        self._clock.advance(seconds * self._slowness(self._clock()))
+
+
 def on_profile(
-    overrides: Sequence[str], profile: Profile, process_for: Callable[[int], AcceptanceProcess]
+    overrides: Sequence[str],
+    profile: Profile,
+    process_for: Callable[[int], AcceptanceProcess],
+    slowness: Callable[[float], float] | None = None,
 ) -> InProcess:
     """Simulate a pair on a profile; the overrides must leave drafting to the draft model.
 
     Args:
         process_for: makes what is accepted in a window from its seed.
+        slowness: by seconds since the start of a run, how many times the profile's time every call
+            takes; None is a machine as fast as when it was profiled.
     """
     config = load_config(None, overrides)
     truth = StepTimeModel(profile)
 
     def device_for(seed: int) -> Device:
         clock = VirtualClock()
-        pair = SimulatedPair(truth, clock, process_for(seed))
+        engine_clock = _SlowedClock(clock, slowness) if slowness else clock
+        pair = SimulatedPair(truth, engine_clock, process_for(seed))
         return Device(pair, pair, clock)
 
     return InProcess(overrides, simulated_info(config), profile, device_for)

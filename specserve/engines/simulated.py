@@ -136,22 +136,21 @@ class SimulatedPair:
             would = self.process.at(*_place(row))[1]
             accepted = min(len(draft), would)
             outputs.append(Verified([0] * accepted + [int(would <= accepted)]))
-        num_tokens, *others = target_pass(batch, chosen)
-        self.clock.advance(self.truth.verify_s(num_tokens, *others))
-        self.clock.advance(float(self.truth.change_curve(num_tokens)[0]))
-        self.truth.has_verified(num_tokens)
+        self.clock.advance(target_pass_s(self.truth, batch, chosen))
         return outputs
 
     def release(self, keys: Sequence[int]) -> None:
         """Nothing is kept."""
 
 
-def target_pass(batch: Batch, chosen: Sequence[Sequence[int]]) -> tuple[int, int, int]:
-    """Return target tokens, context tokens and prompt tokens, as `verify_s` takes them."""
+def target_pass_s(truth: StepTimeModel, batch: Batch, chosen: Sequence[Sequence[int]]) -> float:
+    """Return the seconds of a verification, after the one that was asked for last."""
     num_tokens = batch.num_base_tokens + sum(len(draft) for draft in chosen)
     context = sum(row.num_computed_tokens for row in batch.rows)
     prompt = sum(len(row.token_ids) - row.samples for row in batch.rows)
-    return num_tokens, context, prompt
+    seconds = truth.verify_s(num_tokens, context, prompt) + truth.change_curve(num_tokens)[0]
+    truth.has_verified(num_tokens)
+    return float(seconds)
 
 
 def _place(row: Row) -> tuple[int, int]:
