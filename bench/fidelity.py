@@ -16,7 +16,7 @@ Example: python -m bench.fidelity --figure bench/results/step_time.png
 import argparse
 import time
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -149,15 +149,16 @@ class Slowness:
 
     WITHIN_S = 5.0
 
-    def __init__(self) -> None:
-        self._started_s = time.perf_counter()
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._started_s = clock()
         self._ends_s: list[float] = []
         self._totals_s = [(0.0, 0.0)]  # measured and predicted, up to each
 
     def add(self, measured_s: float, predicted_s: float) -> None:
         """Note one that ends now."""
         measured_before_s, predicted_before_s = self._totals_s[-1]
-        self._ends_s.append(time.perf_counter() - self._started_s)
+        self._ends_s.append(self._clock() - self._started_s)
         self._totals_s.append((measured_before_s + measured_s, predicted_before_s + predicted_s))
 
     @property
