@@ -186,7 +186,7 @@ def test_off_looks_again_soon_and_verifies_only_where_nothing_else_would_tell(
         record = StepRecord(Batch([row]), drafts, [[5][:length]], [Verified([9])], 0.001, 0.01)
         policy.observe(record)
     assert looked == [2, 4, 8, 16, 32, 48, 96]
-    (history,) = policy.acceptances.of_model(row).history([row.key])
+    history = policy.acceptances.of_model(row).history_of(row.key)
     assert history < 0.0, "what was not verified was learnt from too"
 
 

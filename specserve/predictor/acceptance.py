@@ -221,17 +221,12 @@ class AcceptanceModel:
         self.scout = OnlineLogistic(SCOUT_PRIOR)
         self.mean = 0.65
         self._requests: dict[int, tuple[float, float]] = {}  # accepted, seen; forgotten slowly
-        self._pending: list[Floats] = []  # [5, n] each, see `_learn`
-        self._num_pending = 0
+        self._pending: list[tuple[float, float, int, float, bool]] = []  # as `_learn` takes them
         self._batch = self.MIN_BATCH
         self._bins = np.zeros((self.NUM_BINS, 3))  # predictions, outcomes, count
 
-    def history(self, keys: Sequence[int]) -> Floats:
-        """Return each request's acceptance less the common mean; 0 for a new one."""
-        return np.array([self.history_of(key) for key in keys])
-
     def history_of(self, key: int) -> float:
-        """Return one request's."""
+        """Return a request's acceptance less the common mean; 0 for a new one."""
         accepted, seen = self._requests.get(key, (self.mean, 1.0))
         return accepted / seen - self.mean
 
@@ -240,31 +235,21 @@ class AcceptanceModel:
 
         Batches grow with what is known already: the first ones teach, later ones keep up.
         """
-        if not outcomes:
-            return
-        self._pending.append(self._as_seen(outcomes))
-        self._num_pending += self._pending[-1].shape[1]
         for outcome in outcomes:
+            self._note(outcome)
             self._remember(outcome)
-        if self._num_pending >= self._batch:
-            pending = np.concatenate(self._pending, axis=1)
-            self._batch = min(self.MAX_BATCH, self._batch + self._num_pending // 16)
-            self._pending, self._num_pending = [], 0
-            self._learn(*pending)
+        if len(self._pending) >= self._batch:
+            pending, self._pending = self._pending, []
+            self._batch = min(self.MAX_BATCH, self._batch + len(pending) // 16)
+            self._learn(*np.array(pending, dtype=np.float64).T)
 
-    def _as_seen(self, outcomes: Sequence[Outcome]) -> Floats:
+    def _note(self, outcome: Outcome) -> None:
         """Lay out the tokens up to the first that failed, as the models saw them."""
-        counts = np.array([min(len(o.confidences), o.num_accepted + 1) for o in outcomes])
-        begins = np.cumsum(counts) - counts
-        seen = [o.confidences[:n] for o, n in zip(outcomes, counts.tolist(), strict=True)]
-        z = logit(np.array([c for confidences in seen for c in confidences]))
-        before = np.empty_like(z)
-        before[1:] = z[:-1]
-        before[begins] = 0.0
-        position = np.arange(len(z)) - np.repeat(begins, counts)
-        history = np.repeat(self.history([o.key for o in outcomes]), counts)
-        accepted = position < np.repeat([o.num_accepted for o in outcomes], counts)
-        return np.stack([z, before, position, history, accepted])
+        history, before = self.history_of(outcome.key), 0.0
+        for position, confidence in enumerate(outcome.confidences[: outcome.num_accepted + 1]):
+            z = logit_of(confidence)
+            self._pending.append((z, before, position, history, position < outcome.num_accepted))
+            before = z
 
     def _remember(self, outcome: Outcome) -> None:
         """Update a request's history."""
