@@ -135,6 +135,7 @@ class Admission:
         running: Sequence[Request],
         now: float,
     ) -> None:
+        assert request.slo.ttft_s is not None, "who has no objective cannot be late"
         deadline_s = self.deadline_s(request)
         ahead = [other for other in waiting if self.deadline_s(other) <= deadline_s]
         request.predicted_ttft_s = self._predicted_ttft_s(pacer, request, ahead, running, now)
@@ -144,7 +145,7 @@ class Admission:
             late_s = now + within_s - deadline_s
             raise Rejected(
                 f"the first token is predicted in {within_s * 1e3:.0f} ms, later than slo_ttft_ms "
-                f"{(deadline_s - request.arrival_s) * 1e3:g}: try again in {late_s * 1e3:.0f} ms"
+                f"{request.slo.ttft_s * 1e3:g}: try again in {late_s * 1e3:.0f} ms"
             )
 
     def _is_full(self, request: Request, waiting: WaitingQueue) -> bool:
