@@ -143,6 +143,15 @@ def test_who_would_be_late_is_told_early_if_its_class_wants_so() -> None:
     assert late in scheduler.waiting
 
 
+def test_early_refusal_names_the_objective_as_given_however_late_the_clock() -> None:
+    scheduler, now = make_scheduler(reject_late_classes=("interactive",)), 75_000.3
+    scheduler.submit(Request([1] * 512, 100), now)
+    slo = SLO(ttft_s=1e-6)
+    late = Request([1] * 64, 10, slo=slo, priority_class="interactive", arrival_s=now)
+    with pytest.raises(Rejected, match=r"later than slo_ttft_ms 0\.001:"):
+        scheduler.submit(late, now)
+
+
 def test_the_wait_grows_with_the_queue_and_with_full_rows() -> None:
     pacer = Pacer(StepTimeModel(make_profile()))
     request, running = Request([1] * 64, 10), [decoding(None) for _ in range(4)]
