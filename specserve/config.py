@@ -38,6 +38,9 @@ class EngineConfig:
         compile: `torch` on a GPU: fuse each layer's small kernels. Faster, but the first start
             takes a minute more.
         num_threads: CPU threads of each engine; 0 takes all cores.
+        unpacked_from: `openvino` in f32 on bf16 weights: passes of at least so many tokens use a
+            copy of the weights in f32, which takes 4 bytes a parameter and spares unpacking them
+            every time; 0 keeps no copy.
         block_size: token slots of a KV block; the CPU kernels of `openvino` support 32.
     """
 
@@ -47,6 +50,7 @@ class EngineConfig:
     device: str = "cpu"
     compile: bool = False
     num_threads: int = 0
+    unpacked_from: int = 5
     block_size: int = 32
 
     def __post_init__(self) -> None:

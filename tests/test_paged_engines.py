@@ -46,7 +46,12 @@ class OpenVINO:
         from specserve.engines.openvino import OpenVINOModel
 
         folder = Path(EngineConfig().dir) / role
-        return OpenVINOModel(folder, num_blocks=NUM_BLOCKS, precision=precision)
+        return OpenVINOModel(
+            folder,
+            num_blocks=NUM_BLOCKS,
+            precision=precision,
+            unpacked_from=EngineConfig().unpacked_from,
+        )
 
     def has_bf16(self) -> bool:
         """Whether this CPU has the arithmetic."""

@@ -1,5 +1,6 @@
 """OpenVINO on the CPU: paged attention from an exported stateful IR."""
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as ops
 from openvino._offline_transformations import paged_attention_transformation
+from openvino.passes import ConstantFolding, Manager
 
 from specserve import manifest
 from specserve.config import Config
@@ -68,42 +70,57 @@ def _load(config: Config, role: str) -> "OpenVINOModel":
         num_blocks=info.num_blocks,
         precision=config.engine.precision,
         num_threads=config.engine.num_threads,
+        unpacked_from=config.engine.unpacked_from,
     )
 
 
 class OpenVINOModel:
     """A compiled model and its KV cache, behind the `PagedModel` protocol.
 
+    A pass of a few tokens waits for the weights and reads them as they are stored, in bf16. A
+    larger one waits for the arithmetic; it has a copy in f32 that need not be unpacked every time.
+
     Args:
         engine_dir: folder with `openvino_model.xml` and `manifest.json`.
         num_blocks: of BLOCK_SIZE token slots each.
         precision: of arithmetic and KV cache.
         num_threads: 0 takes all cores.
+        unpacked_from: tokens of a pass from which on it uses the copy; 0 keeps none.
     """
 
     def __init__(
-        self, engine_dir: Path, *, num_blocks: int, precision: str = "f32", num_threads: int = 0
+        self,
+        engine_dir: Path,
+        *,
+        num_blocks: int,
+        precision: str = "f32",
+        num_threads: int = 0,
+        unpacked_from: int = 0,
     ) -> None:
-        self.vocab_size = manifest.load(engine_dir).vocab_size
-        model = core().read_model(engine_dir / "openvino_model.xml")
-        paged_attention_transformation(model)
-        _keep_logits_of(model, "logit_rows")
-        compiled = core().compile_model(
-            model,
-            "CPU",
-            {
-                "INFERENCE_PRECISION_HINT": precision,
-                "KV_CACHE_PRECISION": precision,
-                "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_NUM_THREADS": num_threads,
-                "CPU_RUNTIME_CACHE_CAPACITY": NUM_KEPT_KERNELS,
-            },
-        )
-        self._request = compiled.create_infer_request()
-        for port in compiled.inputs:
-            if "_cache." in port.get_any_name():
+        info = manifest.load(engine_dir)
+        self.vocab_size = info.vocab_size
+        properties = {
+            "INFERENCE_PRECISION_HINT": precision,
+            "KV_CACHE_PRECISION": precision,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": num_threads,
+            "CPU_RUNTIME_CACHE_CAPACITY": NUM_KEPT_KERNELS,
+        }
+        self._small = self._large = _request(_read(engine_dir), properties)
+        self._unpacked_from = unpacked_from
+        if unpacked_from and precision == "f32" != info.precision:
+            self._large = _request(_read(engine_dir, unpacks=True), properties)
+        self._share_kv_cache(num_blocks)
+
+    def _share_kv_cache(self, num_blocks: int) -> None:
+        """Give both forms of the model the same cache."""
+        for port in self._small.model_inputs:
+            name = port.get_any_name()
+            if "_cache." in name:
                 shape = [num_blocks, *(d.get_length() for d in list(port.partial_shape)[1:])]
-                self._request.set_tensor(port, ov.Tensor(port.element_type, shape))
+                tensor = ov.Tensor(port.element_type, shape)
+                for request in (self._small, self._large):
+                    request.set_tensor(name, tensor)
 
     def forward(self, batch: FlatBatch, logit_rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Run one pass. See `PagedModel`."""
@@ -117,11 +134,29 @@ class OpenVINOModel:
             "max_context_len": np.array(batch.max_context_len, dtype=np.int32),
             "logit_rows": logit_rows,
         }
+        is_large = len(batch.token_ids) >= self._unpacked_from
+        request = self._large if is_large else self._small
         for name, array in inputs.items():
-            self._request.set_tensor(name, ov.Tensor(array))
-        self._request.infer()
-        logits: NDArray[np.float32] = self._request.get_output_tensor(0).data
+            request.set_tensor(name, ov.Tensor(array))
+        request.infer()
+        logits: NDArray[np.float32] = request.get_output_tensor(0).data
         return logits.reshape(-1, self.vocab_size)
+
+
+def _read(engine_dir: Path, *, unpacks: bool = False) -> ov.Model:
+    """Read the IR and give it paged attention, its weights unpacked to f32 or as stored."""
+    model = core().read_model(engine_dir / "openvino_model.xml")
+    if unpacks:
+        passes = Manager()
+        passes.register_pass(ConstantFolding())
+        passes.run_passes(model)
+    paged_attention_transformation(model)
+    _keep_logits_of(model, "logit_rows")
+    return model
+
+
+def _request(model: ov.Model, properties: Mapping[str, Any]) -> ov.InferRequest:
+    return core().compile_model(model, "CPU", dict(properties)).create_infer_request()
 
 
 def _keep_logits_of(model: Any, name: str) -> None:

@@ -34,6 +34,7 @@ def fingerprint(config: Config, reading: Reading | None = None) -> dict[str, str
         "precision": engine.precision,
         "compile": str(engine.compile),
         "num_threads": str(engine.num_threads),
+        "unpacked_from": str(engine.unpacked_from),
         "block_size": str(engine.block_size),
         **{f"{role}_source": m.source.sha256 for role, m in pair.items()},
         **{f"{role}_parameters": str(m.num_parameters) for role, m in pair.items()},
