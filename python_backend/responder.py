@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 MAX_ID = 64
 POLL_S = 0.01  # how often, at most, each client is asked whether it has gone
+# Of the time, spent on asking: it wakes two processes. Beside an engine that has all cores, asking
+# each of 16 clients every 10 ms took a tenth of the throughput.
+POLL_SHARE = 0.05
 
 
 class Responder:
@@ -35,6 +38,7 @@ class Responder:
         self._replies: dict[int, Reply] = {}
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._tick = tick
+        self._unasked: list[Reply] = []
         self._next_poll = 0.0
         self._thread = threading.Thread(target=self._run, name="specserve-responder", daemon=True)
 
@@ -116,12 +120,21 @@ class Responder:
         now = time.monotonic()
         if now < self._next_poll:
             return
-        for reply in list(self._replies.values()):
-            if reply.cancel():
-                self._end(reply, FinishReason.CANCELLED)
+        asked_s = self._ask(now)
         self._probe(now)
         self._tick()
-        self._next_poll = time.monotonic() + POLL_S
+        self._next_poll = time.monotonic() + max(POLL_S, asked_s / POLL_SHARE)
+
+    def _ask(self, started: float) -> float:
+        """Ask clients in turn whether they have gone, a few at a time; return the seconds spent."""
+        spent_s = 0.0
+        self._unasked = self._unasked or list(self._replies.values())
+        while self._unasked and spent_s < POLL_SHARE * POLL_S:
+            reply = self._unasked.pop()
+            if reply.request.key in self._replies and reply.cancel():
+                self._end(reply, FinishReason.CANCELLED)
+            spent_s = time.monotonic() - started
+        return spent_s
 
     def _probe(self, now: float) -> None:
         """Probe one client at most: each costs some .4 ms of CPU time in three processes."""

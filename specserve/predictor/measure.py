@@ -1,8 +1,10 @@
 """`specserve profile`: time the running engines through the interface that serves."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,13 +17,15 @@ from specserve.predictor.profile import DraftSample, Profile, VerifySample
 # verification without AVX-512 becomes half as long again.
 VERIFY_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128)
 # A change of shape costs OpenVINO some milliseconds on a model of 24 layers: a tenth of a step of
-# one token, and plain decoding, whose steps are alike, has none. Small sizes are timed twice, after
-# another and after themselves, which tells the two apart.
-REPEATED_SIZES = 16
+# one token, and plain decoding, whose steps are alike, has none. Measured on the sizes up to this
+# one; beside larger ones it is lost in what disturbs them.
+CHANGED_SIZES = 16
 PROMPT_SIZES = (32, 128)
 DRAFT_ROWS = (1, 2, 4, 8, 16, 32)
 DRAFT_LENGTHS = (1, 4, 8)
+DRAFT_CATCH_UPS = (16, 128)
 CHUNK = 128
+Timed = tuple[VerifySample | DraftSample, float]  # the sample is a key, without seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +35,21 @@ class Effort:
     Attributes:
         num_rounds: every point is timed once a round, so that a slow moment spreads over all.
         num_rows: rows to spread tokens over.
-        context_tokens: cached tokens of a row, one pass for each.
-        max_fill_tokens: cached tokens of all rows of a pass, which take as long as prompts do.
-        budget_s: of all passes alike; each has two rounds at least, the first to warm up.
+        context_tokens: cached tokens of a row; every point is timed with all of them in turn, or a
+            slow moment would pass for what context costs.
+        max_fill_tokens: cached tokens of all rows of one context: they take as long as prompts do.
+        budget_s: of the rounds; there are two at least.
     """
 
     num_rounds: int = 5
     num_rows: int = 32
-    context_tokens: tuple[int, ...] = (64, 512)
+    context_tokens: tuple[int, ...] = (32, 256)
     max_fill_tokens: int = 4096
-    budget_s: float = 80.0
+    budget_s: float = 50.0
+
+    def rows_of(self, context: int) -> int:
+        """Return how many rows of such a context to fill."""
+        return min(self.num_rows, max(1, self.max_fill_tokens // context))
 
 
 QUICK = Effort(num_rounds=2, num_rows=16, context_tokens=(16, 160), budget_s=10.0)
@@ -60,23 +69,23 @@ def measure(
     stays in the cache and looks cheaper than it is.
     """
     bench = _Bench(draft, target, info, clock)
+    filled = [_Filled(c, bench.fill(c, effort.rows_of(c))) for c in effort.context_tokens]
     times: dict[VerifySample | DraftSample, list[float]] = {}
     changes: list[float] = []
-    for context in effort.context_tokens:
-        end = clock() + effort.budget_s / len(effort.context_tokens)
-        rows = bench.fill(context, min(effort.num_rows, max(1, effort.max_fill_tokens // context)))
-        for round_ in range(effort.num_rounds + 1):
-            if round_ > 1 and clock() > end:
-                break
-            for point, first_s, again_s in _points(bench, rows, context):
-                if round_ == 0:
-                    continue  # it warms up
-                times.setdefault(point, []).append(first_s if again_s is None else again_s)
-                if again_s is not None:
-                    changes.append(first_s - again_s)
-        bench.release(rows)
-    change_s = max(0.0, float(np.median(changes)))
-    typical = {point: _unchanged(point, values, change_s) for point, values in times.items()}
+    end = clock() + effort.budget_s
+    for round_ in range(effort.num_rounds):
+        if round_ > 1 and clock() > end:
+            break
+        if round_ == 1:
+            changes.clear()  # those of the first round had kernels to compile
+        points: Iterable[Timed] = chain(
+            _verifications(bench, filled, changes), _drafts(bench, filled)
+        )
+        for point, seconds in points:
+            times.setdefault(point, []).append(seconds)
+    for one in filled:
+        bench.release(one.rows)
+    typical = {point: float(np.percentile(values, 25)) for point, values in times.items()}
     return Profile(
         fingerprint=fingerprint,
         verify=tuple(
@@ -89,40 +98,49 @@ def measure(
             for p, t in typical.items()
             if isinstance(p, DraftSample)
         ),
-        change_s=change_s,
+        change_s=max(0.0, float(np.median(changes))),
     )
 
 
-def _unchanged(
-    point: VerifySample | DraftSample, seconds: Sequence[float], change_s: float
-) -> float:
-    """Return the lower quartile, without the change of shape where it was in every sample."""
-    typical = float(np.percentile(seconds, 25))
-    if isinstance(point, VerifySample) and point.num_tokens > REPEATED_SIZES:
-        return max(typical - change_s, 0.5 * typical)
-    return typical
+class _Filled(NamedTuple):
+    """Rows with so many tokens of context each."""
+
+    context: int
+    rows: list[Row]
 
 
-def _points(
-    bench: "_Bench", rows: Sequence[Row], context: int
-) -> Iterator[tuple[VerifySample | DraftSample, float, float | None]]:
-    """Time every point, small verifications twice; the samples are keys, without seconds."""
+def _verifications(
+    bench: "_Bench", filled: Sequence[_Filled], changes: list[float]
+) -> Iterator[Timed]:
+    """Time every verification after another of its size.
+
+    Args:
+        changes: gets how much longer one took that came after one of another size.
+    """
     for size in bench.verify_sizes:
-        num_rows = min(len(rows), max(1, size // 3))
-        seconds = bench.verify(rows[:num_rows], size)
-        again_s = bench.verify(rows[:num_rows], size) if size <= REPEATED_SIZES else None
-        yield VerifySample(size, size, num_rows * context, 0.0), seconds, again_s
+        changed_s = bench.verify(filled[0].rows, size)
+        for i, (context, rows) in enumerate(filled):
+            seconds = bench.verify(rows, size)
+            yield VerifySample(size, size, bench.num_rows(rows, size) * context, 0.0), seconds
+            if i == 0 and size <= CHANGED_SIZES:
+                changes.append(changed_s - seconds)
     for size in PROMPT_SIZES:
-        yield VerifySample(size, 0, context, 0.0), bench.prompt(rows[0], size), None
-    for num_rows in DRAFT_ROWS:
-        if num_rows > len(rows):
-            break
-        for length in DRAFT_LENGTHS:
-            seconds = bench.draft(rows[:num_rows], length, 1)
-            yield DraftSample(num_rows, length, num_rows, num_rows * context, 0.0), seconds, None
-    for catch_up in (16, min(context, 128)):
-        seconds = bench.draft(rows[:1], 1, catch_up)
-        yield DraftSample(1, 1, catch_up, context, 0.0), seconds, None
+        bench.prompt(filled[0].rows[0], size)
+        seconds = bench.prompt(filled[0].rows[0], size)
+        yield VerifySample(size, 0, filled[0].context, 0.0), seconds
+
+
+def _drafts(bench: "_Bench", filled: Sequence[_Filled]) -> Iterator[Timed]:
+    """Time every draft call after another of its shape."""
+    calls = [(num_rows, length, 1) for num_rows in DRAFT_ROWS for length in DRAFT_LENGTHS]
+    calls += [(1, 1, num_catch_up) for num_catch_up in DRAFT_CATCH_UPS]
+    for num_rows, length, num_catch_up in calls:
+        for context, rows in filled:
+            if num_rows <= len(rows) and num_catch_up <= context:
+                bench.draft(rows[:num_rows], length, num_catch_up)
+                seconds = bench.draft(rows[:num_rows], length, num_catch_up)
+                tokens = num_rows * num_catch_up
+                yield DraftSample(num_rows, length, tokens, num_rows * context, 0.0), seconds
 
 
 class _Bench:
@@ -162,8 +180,17 @@ class _Bench:
         assert rows, f"{self._info.num_blocks} KV blocks do not hold one row of {context} tokens"
         return rows
 
+    def num_rows(self, rows: Sequence[Row], size: int) -> int:
+        """Return how many of the rows share a verification of `size` tokens: two for each.
+
+        On a CPU attention is dear for every token that looks back, not for every row alone; so a
+        few rows with many tokens would make the context of plain decoding look dear.
+        """
+        return min(len(rows), max(1, size // 2))
+
     def verify(self, rows: Sequence[Row], size: int) -> float:
-        """Time a verification of `size` tokens, spread over the rows."""
+        """Time a verification of `size` tokens, spread over some of the rows."""
+        rows = rows[: self.num_rows(rows, size)]
         chosen = []
         for i, row in enumerate(rows):
             row.token_ids, row.samples = self._tokens(1), True
