@@ -9,6 +9,7 @@ from collections.abc import Callable
 import triton_python_backend_utils as pb_utils
 
 from python_backend.reply import Reply
+from python_backend.turns import Turns
 from specserve.admission import Rejected
 from specserve.engines import EngineLost
 from specserve.loop import Loop
@@ -38,8 +39,7 @@ class Responder:
         self._replies: dict[int, Reply] = {}
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._tick = tick
-        self._unasked: list[Reply] = []
-        self._next_poll = 0.0
+        self._turns: Turns[Reply] = Turns(POLL_S, POLL_SHARE)
         self._thread = threading.Thread(target=self._run, name="specserve-responder", daemon=True)
 
     def start(self, loop: Loop) -> None:
@@ -117,29 +117,21 @@ class Responder:
         return reply.push(output)
 
     def _poll(self) -> None:
-        now = time.monotonic()
-        if now < self._next_poll:
+        if not self._turns.is_due():
             return
-        asked_s = self._ask(now)
-        self._probe(now)
+        self._turns.take(list(self._replies.values()), self._ask)
+        self._probe()
         self._tick()
-        self._next_poll = time.monotonic() + max(POLL_S, asked_s / POLL_SHARE)
 
-    def _ask(self, started: float) -> float:
-        """Ask clients in turn whether they have gone, a few at a time; return the seconds spent."""
-        spent_s = 0.0
-        self._unasked = self._unasked or list(self._replies.values())
-        while self._unasked and spent_s < POLL_SHARE * POLL_S:
-            reply = self._unasked.pop()
-            if reply.request.key in self._replies and reply.cancel():
-                self._end(reply, FinishReason.CANCELLED)
-            spent_s = time.monotonic() - started
-        return spent_s
+    def _ask(self, reply: Reply) -> None:
+        """Ask a client whether it has gone."""
+        if reply.request.key in self._replies and reply.cancel():
+            self._end(reply, FinishReason.CANCELLED)
 
-    def _probe(self, now: float) -> None:
+    def _probe(self) -> None:
         """Probe one client at most: each costs some .4 ms of CPU time in three processes."""
         reply = min(list(self._replies.values()), key=Reply.probe_due_s, default=None)
-        if reply is not None and reply.probe_due_s() <= now:
+        if reply is not None and reply.probe_due_s() <= time.monotonic():
             reply.probe()
 
     def _cancel(self, is_meant: Callable[[Reply], bool]) -> None:
