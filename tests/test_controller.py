@@ -74,6 +74,24 @@ def test_a_change_of_shape_is_measured_apart(profile: Profile) -> None:
         assert StepTimeModel(found).verify_s(size, 512) == pytest.approx(truth, rel=0.1)
 
 
+class TiringClock(VirtualClock):
+    """Of a machine that gets slower: by half in the time that a profile takes."""
+
+    def advance(self, seconds: float) -> None:
+        """Let more time pass."""
+        super().advance(seconds * (1.0 + self.now_s / 80.0))
+
+
+def test_a_machine_that_gets_slower_makes_no_context_look_dear(profile: Profile) -> None:
+    clock, info = TiringClock(), EngineInfo(4096, 4096, num_blocks=512, block_size=32)
+    truth = StepTimeModel(profile)
+    pair = SimulatedPair(truth, clock, Coin())
+    found = StepTimeModel(measure(pair, pair, info, {}, Effort(), clock))
+    for size in (2, 16):
+        costs = [model.verify_s(size, 4096) / model.verify_s(size, 256) for model in (truth, found)]
+        assert costs[1] == pytest.approx(costs[0], rel=0.05)
+
+
 # -- a noisy profile ---------------------------------------------------------------------------
 
 
