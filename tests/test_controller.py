@@ -19,7 +19,7 @@ from specserve.engines import EngineInfo
 from specserve.engines.simulated import RecordedAcceptance, SimulatedPair, VirtualClock
 from specserve.optimum import best_total
 from specserve.policies import make_policy
-from specserve.predictor.measure import Effort, measure
+from specserve.predictor.measure import QUICK, Effort, measure
 from specserve.predictor.profile import Profile
 from specserve.predictor.step_time import StepTimeModel
 from specserve.request import SLO
@@ -72,6 +72,19 @@ def test_a_change_of_shape_is_measured_apart(profile: Profile) -> None:
     for size in (1, 8, 64):
         truth = StepTimeModel(profile).verify_s(size, 512)
         assert StepTimeModel(found).verify_s(size, 512) == pytest.approx(truth, rel=0.1)
+
+
+@pytest.mark.parametrize("num_blocks", [10, 16, 64, 96])
+@pytest.mark.parametrize("effort", [QUICK, Effort()])
+def test_a_small_kv_cache_can_be_profiled(
+    profile: Profile, num_blocks: int, effort: Effort
+) -> None:
+    clock, info = VirtualClock(), EngineInfo(4096, 4096, num_blocks, block_size=32)
+    pair = SimulatedPair(StepTimeModel(profile), clock, Coin())
+    found = StepTimeModel(measure(pair, pair, info, {}, effort, clock))
+    for size in (1, 8, 64):
+        truth = StepTimeModel(profile).verify_s(size, 64)
+        assert found.verify_s(size, 64) == pytest.approx(truth, rel=0.15)
 
 
 class TiringClock(VirtualClock):

@@ -24,6 +24,7 @@ pytest.importorskip("openvino")
     [
         ("precision", "int3", r"engine\.precision is 'int3': openvino supports f32"),
         ("block_size", 16, r"engine\.block_size is 16: openvino needs 32"),
+        ("unpacked_from", -1, r"engine\.unpacked_from is -1: must be at least 0"),
     ],
 )
 def test_what_the_engine_cannot_do_is_refused(

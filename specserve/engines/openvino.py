@@ -65,6 +65,11 @@ def _load(config: Config, role: str) -> "OpenVINOModel":
         )
     if info.block_size != BLOCK_SIZE:
         raise ValueError(f"engine.block_size is {info.block_size}: openvino needs {BLOCK_SIZE}")
+    if config.engine.unpacked_from < 0:
+        raise ValueError(
+            f"engine.unpacked_from is {config.engine.unpacked_from}: must be at least 0, "
+            "which keeps no copy of the weights"
+        )
     return OpenVINOModel(
         Path(config.engine.dir) / role,
         num_blocks=info.num_blocks,

@@ -16,7 +16,7 @@ from specserve.predictor.profile import DraftSample, Profile, VerifySample
 # Every small one: kernels for a CPU work on a few rows at a time, and between 4 and 5 tokens a
 # verification without AVX-512 becomes half as long again.
 VERIFY_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128)
-# A change of shape costs OpenVINO some milliseconds on a model of 24 layers: a tenth of a step of
+# A change of shape costs OpenVINO some milliseconds on a model of 16 layers: a tenth of a step of
 # one token, and plain decoding, whose steps are alike, has none. Measured on the sizes up to this
 # one; beside larger ones it is lost in what disturbs them.
 CHANGED_SIZES = 16
@@ -69,7 +69,7 @@ def measure(
     stays in the cache and looks cheaper than it is.
     """
     bench = _Bench(draft, target, info, clock)
-    filled = [_Filled(c, bench.fill(c, effort.rows_of(c))) for c in effort.context_tokens]
+    filled = bench.fill_all(effort)
     times: dict[VerifySample | DraftSample, list[float]] = {}
     changes: list[float] = []
     end = clock() + effort.budget_s
@@ -160,6 +160,21 @@ class _Bench:
         steps = info.captured_sizes
         self.verify_sizes = sorted({*VERIFY_SIZES, *steps, *(size + 1 for size in steps[:-1])})
 
+    def fill_all(self, effort: Effort) -> list[_Filled]:
+        """Make the rows of every context, each in its share of the blocks; of one at least."""
+        share = self._info.num_blocks // len(effort.context_tokens)
+        filled = []
+        for context in effort.context_tokens:
+            fitting = share // self._blocks_of(context)
+            rows = self.fill(context, min(effort.rows_of(context), max(1, fitting)))
+            if rows:
+                filled.append(_Filled(context, rows))
+        assert filled, f"{self._info.num_blocks} KV blocks do not hold one row to measure with"
+        return filled
+
+    def _blocks_of(self, context: int) -> int:
+        return -(-(context + max(PROMPT_SIZES)) // self._info.block_size)
+
     def fill(self, context: int, num_rows: int) -> list[Row]:
         """Make rows with `context` tokens of real KV in both engines, `num_rows` if they fit."""
         rows: list[Row] = []
@@ -177,7 +192,6 @@ class _Bench:
             row.max_draft_tokens, row.catch_up_token_ids = 1, self._tokens(context)
             self._draft.draft(Batch([row]))
             rows.append(row)
-        assert rows, f"{self._info.num_blocks} KV blocks do not hold one row of {context} tokens"
         return rows
 
     def num_rows(self, rows: Sequence[Row], size: int) -> int:
