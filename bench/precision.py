@@ -3,11 +3,13 @@
 python -m bench.precision        prints it
 """
 
-from specserve.engines.openvino import supported_precisions
-
 
 def native_precision() -> str:
-    """Return the smallest precision that OpenVINO runs on this CPU."""
+    """Return the smallest precision that OpenVINO runs on this CPU; bf16 without OpenVINO."""
+    try:
+        from specserve.engines.openvino import supported_precisions
+    except ModuleNotFoundError:  # torch on a GPU
+        return "bf16"
     return supported_precisions()[-1]
 
 

@@ -18,6 +18,8 @@ NOT_CODE = (":!bench/results", ":!*.md")  # what a benchmark itself may change
 
 
 def _commit() -> str:
+    """Ask git; a copy without its history, on a GPU machine, is told by SPECSERVE_COMMIT."""
+
     def git(*args: str) -> str:
         return subprocess.run(
             ["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False
@@ -25,7 +27,8 @@ def _commit() -> str:
 
     changes = git("status", "--porcelain", "--untracked-files=no", "--", *NOT_CODE)
     dirty = "-dirty" if changes else ""
-    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + dirty
+    known = git("rev-parse", "--short=12", "HEAD") or os.environ.get("SPECSERVE_COMMIT", "unknown")
+    return known + dirty
 
 
 COMMIT = _commit()  # of the code that runs, not of what is there when it ends

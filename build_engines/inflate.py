@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from build_engines.checkpoint import TOKENIZER_FILE, Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor, dtype, nn
+    from torch import Generator, Tensor, device, dtype, nn
     from transformers import LlamaConfig, LlamaForCausalLM
 
 TOLERANCE = 1e-3
@@ -58,7 +58,8 @@ def build(
 ) -> float:
     """Write the inflated checkpoint, in the type of the old one, and compare the two.
 
-    The model is made while it runs, a layer at a time, so it may be larger than the memory.
+    The model is made while it runs, a layer at a time, so it may be larger than the memory. It runs
+    on a GPU where there is one, and then its random weights are others than a CPU would draw.
 
     Returns:
         The largest difference of a logit between the two as stored, both computed in f32.
@@ -75,9 +76,11 @@ def build(
     import torch
     from transformers import LlamaForCausalLM
 
-    small = LlamaForCausalLM.from_pretrained(checkpoint.path, local_files_only=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    small = LlamaForCausalLM.from_pretrained(checkpoint.path, local_files_only=True).to(device)
     stored = small.dtype
     ids = torch.randint(small.config.vocab_size, (1, CHECK_TOKENS), generator=_generator())
+    ids = ids.to(device)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
         folder = Path(scratch) / "checkpoint"
@@ -148,7 +151,7 @@ def inflate(
     config = _inflated_config(small.config, shape)
     with torch.device("meta"):
         big = LlamaForCausalLM(config).eval()
-    big.model.rotary_emb = LlamaRotaryEmbedding(config)
+    big.model.rotary_emb = LlamaRotaryEmbedding(config).to(small.device)
     writer = _Writer(small, folder, stored, small.config.hidden_size / shape.hidden)
     for name, part in big.named_modules():
         if part in (big.model.embed_tokens, *big.model.layers, big.model.norm, big.lm_head):
@@ -171,7 +174,8 @@ class _Writer:
         self._folder = folder
         self._stored = stored
         self._ratio = ratio
-        self._generator = _generator()
+        self._device = small.device
+        self._generator = _generator(small.device)
         self._file_of: dict[str, str] = {}
         self._num_bytes = 0
 
@@ -186,7 +190,7 @@ class _Writer:
         if is_stored:
             file = f"model-{name}.safetensors"
             save_file(
-                {f"{name}.{key}": weight for key, weight in weights.items()},
+                {f"{name}.{key}": weight.cpu() for key, weight in weights.items()},
                 self._folder / file,
                 metadata={"format": "pt"},
             )
@@ -203,7 +207,7 @@ class _Writer:
     def _inflated(self, name: str, shape: Any) -> Tensor:
         import torch
 
-        weight = torch.empty(shape)
+        weight = torch.empty(shape, device=self._device)
         _fill(name, weight, self._generator)
         part = self._old.get(name)
         if part is None:
@@ -245,7 +249,7 @@ def _fill(name: str, weight: Tensor, generator: Generator) -> None:
         weight.normal_(std=0.02, generator=generator)
 
 
-def _generator() -> Generator:
+def _generator(device: device | str = "cpu") -> Generator:
     import torch
 
-    return torch.Generator().manual_seed(0)
+    return torch.Generator(device).manual_seed(0)

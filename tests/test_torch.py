@@ -34,7 +34,7 @@ from specserve.engines.model_target import ModelTargetEngine  # noqa: E402
 from specserve.engines.paged_model import FlatBatch, Span  # noqa: E402
 from specserve.engines.sampler import HostSampler  # noqa: E402
 from specserve.engines.torch import sampling  # noqa: E402
-from specserve.engines.torch.captured import WARM_UPS, Captured  # noqa: E402
+from specserve.engines.torch.captured import HAS_CONDITIONS, WARM_UPS, Captured  # noqa: E402
 from specserve.engines.torch.draft import TorchDraftEngine  # noqa: E402
 from specserve.engines.torch.model import TorchModel  # noqa: E402
 from specserve.engines.torch.sampler import DeviceSampler  # noqa: E402
@@ -268,6 +268,9 @@ def test_the_loop_on_the_device_drafts_what_the_host_would(
             assert draft.confidences == pytest.approx(other.confidences, rel=1e-4)
 
 
+@pytest.mark.skipif(
+    DEVICE == "cuda" and HAS_CONDITIONS, reason="there the device decides, and this counts calls"
+)
 def test_drafting_ends_with_the_last_row(checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule that stops everybody at once costs one forward, not as many as the longest cap."""
     passes, run = [], TorchModel._run
@@ -294,18 +297,29 @@ class RecordedGraph:
 
 
 @pytest.mark.parametrize("has_condition", [False, True])
+@pytest.mark.parametrize("asks", [False, True])
 def test_a_graph_holds_its_work_under_the_condition(
-    has_condition: bool, monkeypatch: pytest.MonkeyPatch
+    asks: bool, has_condition: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph, condition = RecordedGraph(), torch.tensor(False)
     for name in ("Stream", "current_stream", "stream", "graph"):
         monkeypatch.setattr(torch.cuda, name, lambda *_, **__: MagicMock())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
     work = Captured(graph.events.append, (), torch.device("cpu"), condition)
-    work._condition = condition if has_condition else None
+    work._condition, work._asks = condition if has_condition else None, asks
     assert work._capture(4, None) is graph
     captured = graph.events[WARM_UPS:]
-    assert captured == ([condition, 4, "end"] if has_condition else [4])
+    assert captured == ([condition, 4, "end"] if has_condition and not asks else [4])
+
+
+@pytest.mark.parametrize("holds", [False, True])
+def test_where_graphs_have_no_conditions_the_host_asks(holds: bool) -> None:
+    done: list[int] = []
+    work = Captured(done.append, (4, 8), torch.device("cpu"), torch.tensor(holds))
+    work._graphs[4] = MagicMock()
+    assert [work(size) for size in (4, 8)] == [holds, holds]
+    assert work._graphs[4].replay.called is holds
+    assert done == ([8] if holds else [])
 
 
 def test_torch_has_what_captures_a_condition() -> None:

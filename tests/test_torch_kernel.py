@@ -1,4 +1,4 @@
-"""The GPU's attention kernel without a GPU: Triton's interpreter runs it, its compiler compiles it.
+"""The GPU's attention kernel: a GPU runs it, or Triton's interpreter; its compiler compiles it.
 
 The reference is what the engine does on a CPU, which `test_torch.py` holds against transformers.
 """
@@ -32,23 +32,24 @@ BLOCK_SIZE, NUM_BLOCKS, NUM_TOKENS = 8, 40, 12
 
 
 @pytest.fixture(scope="module")
-def interpreter() -> Iterator[Executor]:
-    """Give a process in which Triton interprets: it decides that when it is imported."""
+def process() -> Iterator[Executor]:
+    """Give a process in which Triton interprets, or not: it decides that when it is imported."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
+        patch.setenv("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             yield pool
 
 
 def attend(num_splits: int, arrays: Sequence[np.ndarray], *options: Any) -> np.ndarray:
-    """Run the kernel, in the interpreter's process."""
+    """Run the kernel, in that process."""
     kernel._num_splits = lambda *_: num_splits
-    query, keys, values = map(torch.from_numpy, arrays)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    query, keys, values = (torch.from_numpy(array).to(device) for array in arrays)
     group_size = kernel.queries_per_program(query.shape[1] // keys.shape[2])
-    return kernel.attend(query, keys, values, layout(group_size), *options).numpy()
+    return kernel.attend(query, keys, values, layout(group_size, device), *options).cpu().numpy()
 
 
-def layout(group_size: int) -> Layout:
+def layout(group_size: int, device: torch.device = CPU) -> Layout:
     """Lay out a chunk across a tile's border, a single token, a new prompt, and two of padding."""
     blocks = np.random.default_rng(0).permutation(NUM_BLOCKS).tolist()
     spans = [
@@ -56,7 +57,7 @@ def layout(group_size: int) -> Layout:
         Span(range(1), 94, blocks[12:24]),
         Span(range(2), 0, blocks[24:25]),
     ]
-    batch, inputs = FlatBatch.pack(spans), Inputs(NUM_TOKENS, 12, CPU)
+    batch, inputs = FlatBatch.pack(spans), Inputs(NUM_TOKENS, 12, device)
     inputs.load_tables(batch)
     inputs.load_tokens(
         batch, 0, 10, num_padded=NUM_TOKENS, group_size=group_size, wanted=np.arange(0)
@@ -82,13 +83,13 @@ def test_the_kernel_attends_as_the_reference_does(
     softcap: float | None,
     dtype: str,
     num_splits: int,
-    interpreter: Executor,
+    process: Executor,
 ) -> None:
     rng = np.random.default_rng(0)
     shapes = [(NUM_TOKENS, num_heads)] + [(NUM_BLOCKS, BLOCK_SIZE, num_kv_heads)] * 2
     arrays = [rng.normal(size=(*shape, head_dim)).astype(dtype) for shape in shapes]
     options = (0.3, window, softcap)
-    found = interpreter.submit(attend, num_splits, arrays, *options).result()
+    found = process.submit(attend, num_splits, arrays, *options).result()
     expected = attend_plainly(*map(torch.from_numpy, arrays), layout(NUM_TOKENS), *options)
     tolerance = 1e-5 if dtype == "float32" else 1e-2
     np.testing.assert_allclose(found[:10], expected[:10], atol=tolerance, rtol=tolerance)

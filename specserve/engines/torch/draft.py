@@ -10,7 +10,7 @@ from torch import Tensor
 from specserve.batch import Batch, Draft, Row
 from specserve.engines.paged_model import FlatBatch, Span
 from specserve.engines.torch import sampling
-from specserve.engines.torch.captured import Captured
+from specserve.engines.torch.captured import HAS_CONDITIONS, Captured
 from specserve.engines.torch.model import TorchModel
 from specserve.engines.torch.stoppers import STOPPERS, Stopper
 from specserve.engines.torch.transfer import send
@@ -21,7 +21,8 @@ class TorchDraftEngine:
     """A draft model behind the `DraftEngine` protocol; it proposes what `ModelDraftEngine` does.
 
     The host sends the rows once, launches as many forwards as the longest draft may need, and reads
-    the drafts once: the one wait of the phase. The device leaves out what is for nobody.
+    the drafts once: the one wait of the phase. The device leaves out what is for nobody, or the
+    host asks it before every forward: see `Captured`.
 
     Args:
         max_draft_tokens: the longest draft of a row.
@@ -43,7 +44,7 @@ class TorchDraftEngine:
         self._drafts = torch.zeros(shape, dtype=torch.float64, device=device)  # read in one copy
         self._token_ids, self._confidences = self._drafts[:-1].chunk(2)
         self._lengths = self._drafts[-1]
-        self._takes: dict[type, tuple[Stopper, Callable[[int], None]]] = {}
+        self._takes: dict[type, tuple[Stopper, Callable[[int], object]]] = {}
         for kind in (type(None), SurvivalRule, ValueRule):  # a baseline's, when one comes
             self._take_by(kind)
 
@@ -68,24 +69,26 @@ class TorchDraftEngine:
         stopper, take = self._take_by(type(rule))
         self._sampled = _Sampled.of(rows, self.model)
         if self._sampled:  # no graph is captured of filters that differ from step to step
-            take = Captured(partial(self._take, stopper), (), self.model.device, self._anybody)
+            take = partial(self._take, stopper)
         stopper.load(rule)
         self._begin(rows, num_padded)
         self._first_forward(rows)
         take(num_padded)
         for _ in range(num_forwards - 1):
-            self._forward(num_padded)
+            if not self._forward(num_padded):
+                break
             take(num_padded)
         return self._read(num_rows)
 
-    def _take_by(self, kind: type) -> tuple[Stopper, Callable[[int], None]]:
+    def _take_by(self, kind: type) -> tuple[Stopper, Callable[[int], object]]:
         """Return the stopper of a kind of rules, and `_take` with it, captured."""
         if kind not in self._takes:
             self._sampled = None
             max_rows, device = len(self._active), self.model.device
             stopper = STOPPERS[kind](max_rows, self._max_draft_tokens, device)
             sizes = [size for size in self.model.sizes if size <= max_rows]
-            take = Captured(partial(self._take, stopper), sizes, device, self._anybody)
+            condition = self._anybody if HAS_CONDITIONS else None  # the forward asks for both
+            take = Captured(partial(self._take, stopper), sizes, device, condition)
             self._takes[kind] = stopper, take
         return self._takes[kind]
 

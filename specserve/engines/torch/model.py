@@ -120,6 +120,7 @@ class TorchModel:
     def run_while(self, condition: Tensor, max_tokens: int) -> Captured:
         """Return `run` for up to `max_tokens`, left out where `condition` does not hold."""
         sizes = [size for size in self.sizes if size <= max_tokens]
+        self.inputs.clear()  # a capture runs every size, whatever the last pass was
         return Captured(self._run, sizes, self.device, condition)
 
     def logits(self, hidden: Tensor) -> Tensor:
