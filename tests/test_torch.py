@@ -322,6 +322,16 @@ def test_where_graphs_have_no_conditions_the_host_asks(holds: bool) -> None:
     assert done == ([8] if holds else [])
 
 
+def test_a_capture_sees_nothing_of_an_earlier_pass(checkpoint: Any) -> None:
+    """Its smaller sizes would attend for groups of queries that reach beyond them."""
+    model = load(checkpoint("llama"), sizes=(2, 8, 32), max_tokens=32)
+    model.forward(FlatBatch.pack([Span(random_text(20), 0, range(8))]), np.arange(0))
+    assert model.inputs.groups.any()
+    model.run_while(torch.tensor(True), 8)
+    assert not model.inputs.groups.any()
+    assert (model.inputs.positions == -1).all()
+
+
 def test_torch_has_what_captures_a_condition() -> None:
     """The CPU build has no CUDA graphs, but says what they take."""
     stub = (Path(torch.__file__).parent / "_C" / "__init__.pyi").read_text()
