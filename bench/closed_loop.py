@@ -61,7 +61,16 @@ class ClosedLoop:
 
     @property
     def rate(self) -> float:
-        """Output tokens per second of pure decoding."""
+        """Output tokens per second of pure decoding.
+
+        Raises:
+            ValueError: there was none.
+        """
+        if not self.seconds:
+            raise ValueError(
+                f"in no step did all {self.concurrency} rows decode: rows end before the last one "
+                "has its prompt; raise --requests or --max-tokens"
+            )
         return self.num_tokens / self.seconds
 
     @property

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,8 @@ from specserve.engines.model_draft import ModelDraftEngine  # noqa: E402
 from specserve.engines.model_target import ModelTargetEngine  # noqa: E402
 from specserve.engines.paged_model import FlatBatch, Span  # noqa: E402
 from specserve.engines.sampler import HostSampler  # noqa: E402
-from specserve.engines.torch import sampling  # noqa: E402
-from specserve.engines.torch.captured import HAS_CONDITIONS, WARM_UPS, Captured  # noqa: E402
+from specserve.engines.torch import captured, sampling  # noqa: E402
+from specserve.engines.torch.captured import WARM_UPS, Captured  # noqa: E402
 from specserve.engines.torch.draft import TorchDraftEngine  # noqa: E402
 from specserve.engines.torch.model import TorchModel  # noqa: E402
 from specserve.engines.torch.sampler import DeviceSampler  # noqa: E402
@@ -268,9 +267,6 @@ def test_the_loop_on_the_device_drafts_what_the_host_would(
             assert draft.confidences == pytest.approx(other.confidences, rel=1e-4)
 
 
-@pytest.mark.skipif(
-    DEVICE == "cuda" and HAS_CONDITIONS, reason="there the device decides, and this counts calls"
-)
 def test_drafting_ends_with_the_last_row(checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule that stops everybody at once costs one forward, not as many as the longest cap."""
     passes, run = [], TorchModel._run
@@ -281,68 +277,26 @@ def test_drafting_ends_with_the_last_row(checkpoint: Any, monkeypatch: pytest.Mo
     assert len(passes) == 1
 
 
-class RecordedGraph:
-    """In place of a CUDA graph: what was captured, and under which condition."""
-
-    def __init__(self) -> None:
-        self.events: list[Any] = []
-
-    def begin_capture_to_if_node(self, scalar_cuda_pred_tensor: torch.Tensor) -> None:
-        """See `torch.cuda.CUDAGraph`."""
-        self.events.append(scalar_cuda_pred_tensor)
-
-    def end_capture_to_conditional_node(self) -> None:
-        """See `torch.cuda.CUDAGraph`."""
-        self.events.append("end")
-
-
-@pytest.mark.parametrize("has_condition", [False, True])
-@pytest.mark.parametrize("asks", [False, True])
-def test_a_graph_holds_its_work_under_the_condition(
-    asks: bool, has_condition: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    graph, condition = RecordedGraph(), torch.tensor(False)
-    for name in ("Stream", "current_stream", "stream", "graph"):
+def test_a_graph_is_captured_after_warm_ups(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("Stream", "current_stream", "stream", "graph", "CUDAGraph"):
         monkeypatch.setattr(torch.cuda, name, lambda *_, **__: MagicMock())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
-    work = Captured(graph.events.append, (), torch.device("cpu"), condition)
-    work._condition, work._asks = condition if has_condition else None, asks
-    assert work._capture(4, None) is graph
-    captured = graph.events[WARM_UPS:]
-    assert captured == ([condition, 4, "end"] if has_condition and not asks else [4])
-
-
-@pytest.mark.parametrize("holds", [False, True])
-def test_where_graphs_have_no_conditions_the_host_asks(holds: bool) -> None:
     done: list[int] = []
-    work = Captured(done.append, (4, 8), torch.device("cpu"), torch.tensor(holds))
-    work._graphs[4] = MagicMock()
-    assert [work(size) for size in (4, 8)] == [holds, holds]
-    assert work._graphs[4].replay.called is holds
-    assert done == ([8] if holds else [])
+    work = Captured(done.append, (), torch.device("cpu"))
+    work._graphs[4] = work._capture(4, None)
+    assert done == [4] * (WARM_UPS + 1)
+    work(4)
+    assert work._graphs[4].replay.called
+    assert len(done) == WARM_UPS + 1
 
 
-def test_a_capture_sees_nothing_of_an_earlier_pass(checkpoint: Any) -> None:
-    """Its smaller sizes would attend for groups of queries that reach beyond them."""
-    model = load(checkpoint("llama"), sizes=(2, 8, 32), max_tokens=32)
-    model.forward(FlatBatch.pack([Span(random_text(20), 0, range(8))]), np.arange(0))
-    assert model.inputs.groups.any()
-    model.run_while(torch.tensor(True), 8)
-    assert not model.inputs.groups.any()
-    assert (model.inputs.positions == -1).all()
-
-
-def test_torch_has_what_captures_a_condition() -> None:
-    """The CPU build has no CUDA graphs, but says what they take."""
-    stub = (Path(torch.__file__).parent / "_C" / "__init__.pyi").read_text()
-    graph = ast.parse(stub[stub.index("class _CUDAGraph") :].partition("\nclass ")[0])
-    methods = {
-        one.name: [argument.arg for argument in one.args.args]
-        for one in ast.walk(graph)
-        if isinstance(one, ast.FunctionDef)
-    }
-    for name in ("begin_capture_to_if_node", "end_capture_to_conditional_node"):
-        assert [*inspect.signature(getattr(RecordedGraph, name)).parameters] == methods[name]
+def test_sizes_slower_than_a_larger_one_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {512: 12.0, 448: 13.0, 384: 10.0, 320: 13.0, 256: 8.0, 240: 8.1, 1: 7.0}
+    monkeypatch.setattr(captured, "_seconds", seconds.__getitem__)
+    work = Captured(lambda _: None, sorted(seconds), torch.device("cpu"))
+    work._graphs = {size: size for size in seconds}
+    work.leave_out_slow()
+    assert work.sizes == (1, 240, 256, 384, 512)
+    assert work.padded(257) == 384
 
 
 def test_a_step_may_be_captured_between_two_drafts(checkpoint: Any) -> None:

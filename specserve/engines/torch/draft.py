@@ -10,7 +10,7 @@ from torch import Tensor
 from specserve.batch import Batch, Draft, Row
 from specserve.engines.paged_model import FlatBatch, Span
 from specserve.engines.torch import sampling
-from specserve.engines.torch.captured import HAS_CONDITIONS, Captured
+from specserve.engines.torch.captured import Captured
 from specserve.engines.torch.model import TorchModel
 from specserve.engines.torch.stoppers import STOPPERS, Stopper
 from specserve.engines.torch.transfer import send
@@ -20,9 +20,9 @@ from specserve.stop_rules import StopRule, SurvivalRule, ValueRule
 class TorchDraftEngine:
     """A draft model behind the `DraftEngine` protocol; it proposes what `ModelDraftEngine` does.
 
-    The host sends the rows once, launches as many forwards as the longest draft may need, and reads
-    the drafts once: the one wait of the phase. The device leaves out what is for nobody, or the
-    host asks it before every forward: see `Captured`.
+    The host sends the rows once and reads the drafts once. Between forwards it asks the device only
+    whether anybody still drafts. On an H100 that costs less than graphs with conditional nodes, by
+    which the device would leave out forwards for nobody unasked: .5 ms less for four tokens.
 
     Args:
         max_draft_tokens: the longest draft of a row.
@@ -34,7 +34,6 @@ class TorchDraftEngine:
         self._max_draft_tokens = max_draft_tokens
         device, max_rows = model.device, model.padded(max_rows)
         self._anybody = torch.zeros((), dtype=torch.bool, device=device)  # still drafts
-        self._forward = model.run_while(self._anybody, max_rows)
         self._sampled: _Sampled | None = None
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
         self._active = torch.zeros(max_rows, dtype=torch.bool, device=device)
@@ -44,7 +43,7 @@ class TorchDraftEngine:
         self._drafts = torch.zeros(shape, dtype=torch.float64, device=device)  # read in one copy
         self._token_ids, self._confidences = self._drafts[:-1].chunk(2)
         self._lengths = self._drafts[-1]
-        self._takes: dict[type, tuple[Stopper, Callable[[int], object]]] = {}
+        self._takes: dict[type, tuple[Stopper, Callable[[int], None]]] = {}
         for kind in (type(None), SurvivalRule, ValueRule):  # a baseline's, when one comes
             self._take_by(kind)
 
@@ -75,20 +74,20 @@ class TorchDraftEngine:
         self._first_forward(rows)
         take(num_padded)
         for _ in range(num_forwards - 1):
-            if not self._forward(num_padded):
+            if not bool(self._anybody):
                 break
+            self.model.run(num_padded)
             take(num_padded)
         return self._read(num_rows)
 
-    def _take_by(self, kind: type) -> tuple[Stopper, Callable[[int], object]]:
+    def _take_by(self, kind: type) -> tuple[Stopper, Callable[[int], None]]:
         """Return the stopper of a kind of rules, and `_take` with it, captured."""
         if kind not in self._takes:
             self._sampled = None
             max_rows, device = len(self._active), self.model.device
             stopper = STOPPERS[kind](max_rows, self._max_draft_tokens, device)
             sizes = [size for size in self.model.sizes if size <= max_rows]
-            condition = self._anybody if HAS_CONDITIONS else None  # the forward asks for both
-            take = Captured(partial(self._take, stopper), sizes, device, condition)
+            take = Captured(partial(self._take, stopper), sizes, device)
             self._takes[kind] = stopper, take
         return self._takes[kind]
 

@@ -49,11 +49,6 @@ class Inputs:
         self._columns = torch.zeros((5, max_tokens + 1), dtype=torch.int32, device=device)
         self.token_ids, self.positions, self.rows, self.wanted, self.groups = self._columns
         self.tables = torch.zeros((max_tokens, table_width), dtype=torch.int32, device=device)
-        self.clear()
-
-    def clear(self) -> None:
-        """Make every token one that takes no part, whatever the size of the next pass."""
-        self._columns.zero_()
         self.positions.fill_(-1)
 
     def load_tables(self, batch: FlatBatch) -> None:

@@ -36,7 +36,6 @@ class TorchModel:
             none.
 
     Attributes:
-        sizes: see above.
         inputs: what the next pass reads.
         hidden: [max_tokens, hidden size], what the last pass made of each token.
 
@@ -78,8 +77,8 @@ class TorchModel:
             )
         if compiler:
             _compile_layers(self._body, compiler)
-        self.sizes = sizes
         self._pass = Captured(self._run, sizes, self.device)
+        self._pass.leave_out_slow()
 
     def forward(self, batch: FlatBatch, logit_rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Run one pass. See `PagedModel`."""
@@ -109,6 +108,11 @@ class TorchModel:
             found.append(self.hidden[self.inputs.wanted[: len(wanted)]])
         return torch.cat(found) if len(found) > 1 else found[0]
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sizes that passes are padded to, those that are worth it."""
+        return self._pass.sizes
+
     def padded(self, num_tokens: int) -> int:
         """Return how many tokens a pass of so many really has."""
         return self._pass.padded(num_tokens)
@@ -117,11 +121,10 @@ class TorchModel:
         """Pass the first `num_tokens` of `inputs` through the layers, into `hidden`."""
         self._pass(self.padded(num_tokens))
 
-    def run_while(self, condition: Tensor, max_tokens: int) -> Captured:
-        """Return `run` for up to `max_tokens`, left out where `condition` does not hold."""
-        sizes = [size for size in self.sizes if size <= max_tokens]
-        self.inputs.clear()  # a capture runs every size, whatever the last pass was
-        return Captured(self._run, sizes, self.device, condition)
+    def wait(self) -> None:
+        """Wait for what was launched, where nothing is read: or the pass would seem to be free."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits [n, vocab_size] of hidden states [n, hidden size]."""

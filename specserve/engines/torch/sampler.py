@@ -29,6 +29,7 @@ class DeviceSampler:
         """Run one pass. See `Sampler`."""
         hidden = self.model.hidden_of(flat, logit_rows)
         if not segments:
+            self.model.wait()
             return []
         logits = self.model.logits(hidden)
         token_ids = self._target_tokens(logits, segments)
