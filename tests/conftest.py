@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import multiprocessing
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -289,3 +291,14 @@ def simulated_report(simulated_cells: Path, tmp_path_factory: pytest.TempPathFac
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     return folder
+
+
+@pytest.fixture(scope="session")
+def triton_process() -> Iterator[Executor]:
+    """Give a process in which Triton interprets, or not: it decides that when it is imported."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            yield pool

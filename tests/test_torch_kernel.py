@@ -1,13 +1,13 @@
-"""The GPU's attention kernel: a GPU runs it, or Triton's interpreter; its compiler compiles it.
+"""The kernels of GPUs: a GPU runs them, or Triton's interpreter; its compiler compiles them.
 
-The reference is what the engine does on a CPU, which `test_torch.py` holds against transformers.
+The reference of attention is what the engine does on a CPU; `test_torch.py` holds that against
+transformers.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,12 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from specserve.engines.paged_model import FlatBatch, Span  # noqa: E402
-from specserve.engines.torch import kernel  # noqa: E402
+from specserve.engines.torch import kernel, value_kernel  # noqa: E402
 from specserve.engines.torch.attention import attend_plainly  # noqa: E402
 from specserve.engines.torch.inputs import Inputs, Layout  # noqa: E402
 
 CPU = torch.device("cpu")
 BLOCK_SIZE, NUM_BLOCKS, NUM_TOKENS = 8, 40, 12
-
-
-@pytest.fixture(scope="module")
-def process() -> Iterator[Executor]:
-    """Give a process in which Triton interprets, or not: it decides that when it is imported."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            yield pool
 
 
 def attend(num_splits: int, arrays: Sequence[np.ndarray], *options: Any) -> np.ndarray:
@@ -83,13 +74,13 @@ def test_the_kernel_attends_as_the_reference_does(
     softcap: float | None,
     dtype: str,
     num_splits: int,
-    process: Executor,
+    triton_process: Executor,
 ) -> None:
     rng = np.random.default_rng(0)
     shapes = [(NUM_TOKENS, num_heads)] + [(NUM_BLOCKS, BLOCK_SIZE, num_kv_heads)] * 2
     arrays = [rng.normal(size=(*shape, head_dim)).astype(dtype) for shape in shapes]
     options = (0.3, window, softcap)
-    found = process.submit(attend, num_splits, arrays, *options).result()
+    found = triton_process.submit(attend, num_splits, arrays, *options).result()
     expected = attend_plainly(*map(torch.from_numpy, arrays), layout(NUM_TOKENS), *options)
     tolerance = 1e-5 if dtype == "float32" else 1e-2
     np.testing.assert_allclose(found[:10], expected[:10], atol=tolerance, rtol=tolerance)
@@ -115,6 +106,20 @@ def test_the_kernel_compiles_for_gpus(
         kinds = {"out": "*bf16", "partial": "*fp32", "weight": "*fp32"}
         constants = {"HEAD_DIM": 128, "DIM": 128, "NUM_SPLITS": num_splits}
         assert compile_for(capability, kernel._merge, kinds, constants)
+
+
+@pytest.mark.parametrize("num_rows", [1, 64])
+def test_the_stop_rule_compiles_for_gpus(
+    num_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it decides is held against numpy in `test_torch_stoppers.py`."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kinds = dict.fromkeys(value_kernel._goes_on.arg_names, "*fp64")
+    kinds |= {"on": "*u8", "active": "*u8", "num_rows": "i32", "last_place": "i32"}
+    kinds |= {"eps": "fp32", "row_share": "fp32"}
+    constants = {"WINDOW": 4, "JUDGE": 5, "SCOUT": 4, "ROWS": num_rows, "TILE": value_kernel.TILE}
+    kinds = {name: kind for name, kind in kinds.items() if name not in constants}
+    assert compile_for(90, value_kernel._goes_on, kinds, constants)
 
 
 def compile_for(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ from specserve.predictor.acceptance import (  # noqa: E402
 )
 from specserve.stop_rules import StopRule, SurvivalRule, ValueRule  # noqa: E402
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MAX_ROWS = 16
 MAX_DRAFT_TOKENS = 6
 NUM_RULES = 60
@@ -98,7 +99,22 @@ RULES = {
 @pytest.mark.parametrize("kind", RULES)
 def test_rows_go_on_as_in_numpy(kind: str) -> None:
     make, rule = RULES[kind]
-    stopper = STOPPERS[rule](MAX_ROWS, MAX_DRAFT_TOKENS, CPU)
+    check(make, STOPPERS[rule](MAX_ROWS, MAX_DRAFT_TOKENS, DEVICE))
+
+
+@pytest.mark.slow
+def test_the_kernel_lets_rows_go_on_as_in_numpy(triton_process: Executor) -> None:
+    triton_process.submit(check_kernel).result()
+
+
+def check_kernel() -> None:
+    from specserve.engines.torch.value_kernel import FusedValueStopper
+
+    check(value_rule, FusedValueStopper(MAX_ROWS, MAX_DRAFT_TOKENS, DEVICE))
+
+
+def check(make: Any, stopper: Stopper) -> None:
+    """Draft with many rules."""
     rng = np.random.default_rng(0)
     lengths = [number for _ in range(NUM_RULES) for number in run(make, stopper, rng)]
     assert 0.1 < np.mean(np.array(lengths) < MAX_DRAFT_TOKENS) < 0.95, "the rules say nothing"
@@ -116,9 +132,11 @@ def run(make: Any, stopper: Stopper, rng: np.random.Generator) -> list[int]:
         lengths[active] += 1
         confidences = rng.beta(1.5, 0.7, MAX_ROWS)
         is_active = np.isin(np.arange(MAX_ROWS), active)
-        on = stopper.goes_on(torch.from_numpy(is_active), torch.from_numpy(confidences))
+        on = stopper.goes_on(
+            torch.from_numpy(is_active).to(DEVICE), torch.from_numpy(confidences).to(DEVICE)
+        )
         active = active[expected.goes_on(active, confidences[active])]
-        assert np.flatnonzero(on.numpy() & is_active).tolist() == active.tolist()
+        assert np.flatnonzero(on.cpu().numpy() & is_active).tolist() == active.tolist()
         active = active[(caps[active] == 0) | (lengths[active] < caps[active])]
         if not len(active):
             break
