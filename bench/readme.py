@@ -233,7 +233,8 @@ def _standing(result: Verdict) -> str:
 
 def _machine(tree: dict[str, Any]) -> str:
     machine = tree["machine"]
-    return f"{machine['num_cores']} cores ({machine['cpu']})"
+    devices = [device["name"] for device in (tree.get("gpu") or {}).get("devices", [])]
+    return ", ".join([*devices, f"{machine['num_cores']} cores ({machine['cpu']})"])
 
 
 if __name__ == "__main__":

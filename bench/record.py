@@ -18,7 +18,9 @@ NOT_CODE = (":!bench/results", ":!*.md")  # what a benchmark itself may change
 
 
 def _commit() -> str:
-    """Ask git; a copy without its history, on a GPU machine, is told by SPECSERVE_COMMIT."""
+    """Ask git, unless SPECSERVE_COMMIT says it: to a copy of the tree on a GPU machine."""
+    if said := os.environ.get("SPECSERVE_COMMIT"):
+        return said
 
     def git(*args: str) -> str:
         return subprocess.run(
@@ -27,8 +29,7 @@ def _commit() -> str:
 
     changes = git("status", "--porcelain", "--untracked-files=no", "--", *NOT_CODE)
     dirty = "-dirty" if changes else ""
-    known = git("rev-parse", "--short=12", "HEAD") or os.environ.get("SPECSERVE_COMMIT", "unknown")
-    return known + dirty
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + dirty
 
 
 COMMIT = _commit()  # of the code that runs, not of what is there when it ends

@@ -138,8 +138,21 @@ def test_parameter_out_of_range_is_refused(values: dict[str, float], message: st
 def test_profiles_are_shipped_for_the_demo_and_for_every_device_and_pair() -> None:
     pairs = {f"{device}-{pair}" for device in estimate.DEVICES for pair in estimate.PAIRS}
     assert set(ESTIMATES) == pairs
-    assert set(profiles.shipped()) == {*pairs, "cpu-demo"}
-    assert profiles.find("cpu-demo").source == "measured"
+    measured = {"cpu-demo", "h100-torch-7b"}
+    assert set(profiles.shipped()) == pairs | measured
+    assert {profiles.find(name).source for name in measured} == {"measured"}
+
+
+def test_an_estimate_is_near_what_a_gpu_has_measured() -> None:
+    """Of 7 B weights on an H100, whichever shape they have."""
+    estimated, measured = (
+        StepTimeModel(profiles.find(name)) for name in ("h100-llama-7b", "h100-torch-7b")
+    )
+    for num_tokens in (1, 8, 32, 64, 128, 256, 512):
+        ratio = estimated.verify_s(num_tokens, 100 * num_tokens) / measured.verify_s(
+            num_tokens, 100 * num_tokens
+        )
+        assert 0.8 < ratio < 1.05
 
 
 @pytest.mark.parametrize("name", ESTIMATES)
