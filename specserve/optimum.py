@@ -4,10 +4,20 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
 
 # Up to here plain Python: beside an engine that has just emptied the caches, an array operation
 # costs some microseconds, more than the whole loop.
 MANY = 64
+
+
+class Chosen(NamedTuple):
+    """How many draft tokens of each row to verify, and how many of them all should be accepted."""
+
+    lengths: list[int]
+    num_expected: float
 
 
 class Best(NamedTuple):
@@ -42,6 +52,47 @@ def best_total(
         if rate > best_rate:
             best, best_rate = m, rate
     return Best(best, best_rate)
+
+
+def choose(
+    survival: Floats, weight: Floats, base_yield: float, verify_s: Floats, spent_s: float
+) -> Chosen:
+    """Take the best number of tokens in order of worth; ties keep the order of positions.
+
+    Args:
+        survival: [num_rows, longest draft], falling along a row, 0 beyond a row's draft.
+        weight: [num_rows], what a token of a row counts for.
+        base_yield, verify_s, spent_s: see `best_total`.
+    """
+    if survival.size > MANY:
+        return _choose_of_many(survival, weight, base_yield, verify_s, spent_s)
+    rows = survival.tolist()
+    tokens = [
+        (-w * s, position, i, s)
+        for i, (values, w) in enumerate(zip(rows, weight.tolist(), strict=True))
+        for position, s in enumerate(values)
+        if s > 0.0
+    ]
+    tokens.sort()
+    gains = [-token[0] for token in tokens]
+    best = best_total(gains, base_yield, verify_s[: len(gains) + 1].tolist(), spent_s)
+    lengths, num_expected = [0] * len(rows), 0.0
+    for _, _, i, s in tokens[: best.num_tokens]:
+        lengths[i] += 1
+        num_expected += s
+    return Chosen(lengths, num_expected)
+
+
+def _choose_of_many(
+    survival: Floats, weight: Floats, base_yield: float, verify_s: Floats, spent_s: float
+) -> Chosen:
+    worth = (survival * weight[:, None]).ravel()
+    positions = np.tile(np.arange(survival.shape[1]), len(survival))
+    order = np.lexsort((positions, -worth))[: np.count_nonzero(worth)]
+    best = best_total(worth[order].tolist(), base_yield, verify_s.tolist(), spent_s)
+    chosen = order[: best.num_tokens]
+    lengths = np.bincount(chosen // survival.shape[1], minlength=len(survival)).tolist()
+    return Chosen(lengths, float(survival.ravel()[chosen].sum()))
 
 
 def _best_of_many(

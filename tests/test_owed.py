@@ -55,7 +55,7 @@ def test_verified_tokens_are_worth_the_most_over_time(
     lengths = policy.select(Batch(rows), confidences)
     if step.is_exploring:
         return  # which verifies a first token of every row besides
-    survival = policy.acceptances.survivals(rows, confidences)
+    survival = policy.acceptances.survivals(rows, confidences, step.judge)
 
     def rate(choice: Sequence[int]) -> float:
         gains = [w * s[:n].sum() for w, s, n in zip(step.weight, survival, choice, strict=True)]

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from specserve.batch import Batch, Decision, Draft, DraftPlan, Row, StepRecord
 from specserve.config import PolicyConfig
-from specserve.optimum import best_total
+from specserve.optimum import choose
 from specserve.policies import needed
 from specserve.policies.owed import deficits, worths
 from specserve.policies.source_choice import Prices, lookup_worth, model_worth
@@ -135,7 +135,7 @@ class SpecServePolicy:
         confidences = [row.lookup.confidences if row.lookup else [] for row in rows]
         lengths = np.minimum([len(c) for c in confidences], caps)
         confidences = [c[:n] for c, n in zip(confidences, lengths, strict=True)]
-        survival = self.acceptances.survivals(rows, confidences)
+        survival = self.acceptances.survivals(rows, confidences, step.judge)
         prices = self._prices(rows, step, int(np.count_nonzero(caps)))
         better = lookup_worth(survival, prices) > model_worth(step.scout, caps, prices)
         is_bound = np.array([row.draft_source == "ngram" for row in rows])
@@ -189,7 +189,7 @@ class SpecServePolicy:
             reasons = ["off" if row.samples else "prompt" for row in batch.rows]
             self.decision = Decision(reasons, float(step.verify_s[0]) if step else None)
             return lengths
-        survival = self.acceptances.survivals(batch.rows, confidences)
+        survival = self.acceptances.survivals(batch.rows, confidences, step.judge)
         step.draft_s = self.step_time.draft_s(*_draft_call(batch.rows, lengths))
         chosen = self._choose(batch, step, survival)
         for i, row in enumerate(batch.rows):
@@ -203,18 +203,12 @@ class SpecServePolicy:
         return chosen
 
     def _choose(self, batch: Batch, step: _Step, survival: Floats) -> list[int]:
-        """Take the best number of tokens in order of worth; ties keep the order of positions."""
-        worth = (survival * step.weight[:, None]).ravel()
-        positions = np.tile(np.arange(survival.shape[1]), len(survival))
-        order = np.lexsort((positions, -worth))[: np.count_nonzero(worth)]
-        samples = np.array([row.samples for row in batch.rows])
+        """Take the tokens that raise the rate most, and remember the rate they promise."""
+        samples = [row.samples for row in batch.rows]
         base = float(step.weight @ samples)
-        best = best_total(worth[order].tolist(), base, step.priced_s.tolist(), step.draft_s)
-        chosen = order[: best.num_tokens]
-        step_s = step.draft_s + float(step.priced_s[best.num_tokens])
-        self._rate = float(samples.sum() + survival.ravel()[chosen].sum()) / step_s
-        rows = chosen // survival.shape[1]
-        lengths: list[int] = np.bincount(rows, minlength=len(survival)).tolist()
+        lengths, num_expected = choose(survival, step.weight, base, step.priced_s, step.draft_s)
+        step_s = step.draft_s + float(step.priced_s[sum(lengths)])
+        self._rate = (sum(samples) + num_expected) / step_s
         return lengths
 
     # -- observe -------------------------------------------------------------------------------

@@ -11,12 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specserve.batch import Draft, Row, StepRecord
+from specserve.optimum import MANY
 from specserve.predictor.acceptance import (
     AcceptanceModel,
     Outcome,
     judge_curves,
     judged,
+    judged_one,
     logit,
+    logit_of,
     scout_curves,
 )
 
@@ -52,12 +55,22 @@ class Acceptances:
         judges, scouts = _weights(sources)
         return judge_curves(judges, history), scout_curves(scouts, history)
 
-    def survivals(self, rows: Sequence[Row], confidences: Sequence[Sequence[float]]) -> Floats:
-        """Return [num_rows, longest draft], 0 beyond a row's draft; there must be one."""
-        sources = [self.of(row) for row in rows]
-        judges, _ = _weights(sources)
-        curves = judge_curves(judges, _histories(rows, sources))
+    def survivals(
+        self, rows: Sequence[Row], confidences: Sequence[Sequence[float]], judge: Floats
+    ) -> Floats:
+        """Return [num_rows, longest draft], 0 beyond a row's draft; there must be one.
+
+        Args:
+            judge: the rows' curves of the draft model's proposals.
+        """
+        curves = judge
+        if any(row.lookup for row in rows):
+            sources = [self.of(row) for row in rows]
+            curves = judge_curves(_weights(sources)[0], _histories(rows, sources))
         width = max(map(len, confidences))
+        if width * len(rows) <= MANY:
+            columns = zip(curves.T.tolist(), confidences, strict=True)
+            return np.array([_survival(curve, values, width) for curve, values in columns])
         padded = np.array([[*values, *[-1.0] * (width - len(values))] for values in confidences])
         acceptance = judged(curves[:, :, None], logit(padded), np.arange(width))
         survival: Floats = np.cumprod(np.where(padded >= 0.0, acceptance, 0.0), axis=1)
@@ -87,6 +100,15 @@ class Acceptances:
         """Drop finished requests."""
         for source in self.all:
             source.forget(keys)
+
+
+def _survival(curve: Sequence[float], confidences: Sequence[float], width: int) -> list[float]:
+    """Return those of one row, without an array operation: see `MANY`."""
+    survivals, survival = [0.0] * width, 1.0
+    for position, confidence in enumerate(confidences):
+        survival *= judged_one(curve, logit_of(confidence), position)
+        survivals[position] = survival
+    return survivals
 
 
 def _weights(sources: Sequence[AcceptanceModel]) -> tuple[Floats, Floats]:
