@@ -100,7 +100,6 @@ class TorchDraftEngine:
         self._active[:num_padded] = self._caps[:num_padded] > 0
         self._lengths[:num_padded] = 0.0
         self._position.zero_()
-        self._anybody.fill_(True)
 
     def _first_forward(self, rows: Sequence[Row]) -> None:
         """Feed each row all tokens the draft has not seen; keep what it makes of the last ones."""
