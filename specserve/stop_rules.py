@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from specserve.optimum import Best, best_total
 from specserve.predictor import acceptance
 
+INF = float("inf")
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -158,8 +159,8 @@ class ValueStopper:
         self._judge: list[list[float]] = rule.judge.reshape(-1, num_rows).T.tolist()
         self._scout: list[list[float]] = rule.scout.reshape(-1, num_rows).T.tolist()
         self._base_yield, self._spent_s, self._is_forced = rule.base.tolist()
-        self._fixed = np.isinf(rule.weight)
-        self._worth: list[float] = np.where(self._fixed, 1.0, rule.weight).tolist()
+        self._fixed: Mask = rule.weight == INF
+        self._worth: list[float] = [1.0 if w == INF else w for w in rule.weight.tolist()]
         self._verify_s: list[float] = rule.verify_s.tolist()
         self._forward_s: list[float] = rule.forward_s.tolist()
         self._z = [0.0] * num_rows

@@ -9,6 +9,7 @@ from specserve.batch import Row
 
 Floats = NDArray[np.float64]
 
+NEVER = float("-inf")
 MAX_OWED = 2.0  # tokens beyond which a row is no more urgent; it may be late beyond hope
 
 
@@ -18,7 +19,7 @@ def deficits(rows: Sequence[Row], step_s: float) -> Floats:
     owed at the end = owed now + T / tpot; a plain step pays one of it. At most 0 is on schedule.
     """
     return np.array(
-        [-np.inf if r.tpot_s is None else r.owed_tokens + step_s / r.tpot_s - 1.0 for r in rows]
+        [NEVER if r.tpot_s is None else r.owed_tokens + step_s / r.tpot_s - 1.0 for r in rows]
     )
 
 

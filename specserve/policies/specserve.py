@@ -33,8 +33,10 @@ class _Step:
     Attributes:
         verify_s: [m + 1], predicted seconds to verify with 0, ..., m draft tokens.
         priced_s: [m + 1], of these, without what the step's prompt tokens take whoever drafts.
+        context: cached tokens of all rows.
         deficit: [num_rows], tokens missing at the end of a plain step.
         weight: [num_rows], what a token is worth: more to rows that would end the step late.
+        base_yield: worth of the tokens that come without drafts.
         judge, scout: the rows' curves of the draft model's acceptance.
         lookups: what prompt lookup has for each row, proposed or not.
         draft_s: predicted seconds of the draft call, once its lengths are known.
@@ -45,8 +47,10 @@ class _Step:
     num_tokens: int
     verify_s: Floats
     priced_s: Floats
+    context: int
     deficit: Floats
     weight: Floats
+    base_yield: float
     judge: Floats
     scout: Floats
     lookups: list[Draft | None] = field(default_factory=list)
@@ -94,7 +98,8 @@ class SpecServePolicy:
 
     def plan(self, rows: Sequence[Row]) -> DraftPlan:
         """Say who proposes for each row, how much at most, and what stops the draft model."""
-        caps = np.array([min(r.max_draft_tokens, self.config.max_draft_tokens) for r in rows])
+        longest = self.config.max_draft_tokens
+        caps = np.array([min(row.max_draft_tokens, longest) for row in rows])
         step = self._step = self._look(rows, int(caps.sum()))
         uses_lookup, gains = self._choose_sources(rows, step, caps)
         model_caps = np.where(uses_lookup, 0, caps)
@@ -110,28 +115,32 @@ class SpecServePolicy:
         return DraftPlan(allowed.tolist(), rule, uses_lookup.tolist(), is_sampled=True)
 
     def _look(self, rows: Sequence[Row], num_draft_tokens: int) -> _Step:
-        num_tokens = sum(len(row.token_ids) for row in rows)
-        prompt = sum(len(row.token_ids) - row.samples for row in rows)
-        context = sum(row.num_computed_tokens for row in rows)
+        num_tokens = sum([len(row.token_ids) for row in rows])
+        samples = [row.samples for row in rows]
+        prompt = num_tokens - sum(samples)
+        context = sum([row.num_computed_tokens for row in rows])
+        change = self.step_time.change_curve(num_tokens, num_draft_tokens)
         curve = self.step_time.verify_curve(num_tokens, num_draft_tokens, context, prompt)
-        priced = curve
+        verify = priced = curve + change
         if prompt:
             plain_s = self.step_time.verify_s(max(1, num_tokens - prompt), context)
-            priced = curve - max(0.0, float(curve[0]) - plain_s)
-        change = self.step_time.change_curve(num_tokens, num_draft_tokens)
-        curve, priced = curve + change, priced + change
-        deficit = deficits(rows, float(curve[0]))
+            priced = verify - max(0.0, float(curve[0]) - plain_s)
+        deficit = deficits(rows, float(verify[0]))
+        weight = worths(deficit)
+        base_yield = float(weight @ samples)
         judge, scout = self.acceptances.curves(rows)
-        lookups = [row.lookup for row in rows]
-        return _Step(num_tokens, curve, priced, deficit, worths(deficit), judge, scout, lookups)
+        return _Step(
+            num_tokens, verify, priced, context, deficit, weight, base_yield, judge, scout,
+            [row.lookup for row in rows],
+        )  # fmt: skip
 
     def _choose_sources(
         self, rows: Sequence[Row], step: _Step, caps: Ints
     ) -> tuple[NDArray[np.bool_], Floats]:
         """Say which rows propose their lookup, and what those tokens are worth, falling."""
-        has_lookup = np.array([row.lookup is not None for row in rows])
-        if not has_lookup.any():
-            return has_lookup, np.empty(0)
+        if step.lookups.count(None) == len(rows):
+            return np.zeros(len(rows), dtype=bool), np.empty(0)
+        has_lookup = np.array([lookup is not None for lookup in step.lookups])
         confidences = [row.lookup.confidences if row.lookup else [] for row in rows]
         lengths = np.minimum([len(c) for c in confidences], caps)
         confidences = [c[:n] for c, n in zip(confidences, lengths, strict=True)]
@@ -152,20 +161,22 @@ class SpecServePolicy:
         return Prices(rate * token_s, rate * forward_s)
 
     def _rule(self, rows: Sequence[Row], step: _Step, caps: Ints, gains: Floats) -> ValueRule:
-        drafting = [row for row, cap in zip(rows, caps, strict=True) if cap]
-        context = sum(row.num_computed_tokens for row in drafting)
-        forward_s = self.step_time.forward_curve(len(drafting), context)
-        first_s = self.step_time.draft_s([len(drafting)], 0, context) if drafting else 0.0
-        base_yield = float(step.weight @ [row.samples for row in rows])
-        fixed = np.array([row.has_fixed_draft for row in rows])
+        num_drafting, context = int(np.count_nonzero(caps)), step.context
+        if num_drafting < len(rows):
+            context = sum(r.num_computed_tokens for r, n in zip(rows, caps, strict=True) if n)
+        forward_s = self.step_time.forward_curve(num_drafting, context)
+        first_s = self.step_time.draft_s([num_drafting], 0, context) if num_drafting else 0.0
+        weight = step.weight
+        if any(row.has_fixed_draft for row in rows):
+            weight = np.where([row.has_fixed_draft for row in rows], np.inf, weight)
         return ValueRule(
             judge=step.judge.ravel(),
             scout=step.scout.ravel(),
-            weight=np.where(fixed, np.inf, step.weight),
+            weight=weight,
             verify_s=step.priced_s,
             forward_s=forward_s,
             gains=gains,
-            base=np.array([base_yield, first_s - forward_s[-1], 1.0]),
+            base=np.array([step.base_yield, first_s - forward_s[-1], 1.0]),
         )
 
     def _gate(self, rule: ValueRule, caps: Ints) -> NDArray[np.bool_]:
@@ -204,11 +215,12 @@ class SpecServePolicy:
 
     def _choose(self, batch: Batch, step: _Step, survival: Floats) -> list[int]:
         """Take the tokens that raise the rate most, and remember the rate they promise."""
-        samples = [row.samples for row in batch.rows]
-        base = float(step.weight @ samples)
-        lengths, num_expected = choose(survival, step.weight, base, step.priced_s, step.draft_s)
+        lengths, num_expected = choose(
+            survival, step.weight, step.base_yield, step.priced_s, step.draft_s
+        )
+        num_plain = sum([row.samples for row in batch.rows])
         step_s = step.draft_s + float(step.priced_s[sum(lengths)])
-        self._rate = (sum(samples) + num_expected) / step_s
+        self._rate = (num_plain + num_expected) / step_s
         return lengths
 
     # -- observe -------------------------------------------------------------------------------

@@ -83,6 +83,8 @@ NUM_JUDGE = len(JUDGE_PRIOR)
 NUM_SCOUT = len(SCOUT_PRIOR)
 JUDGE_COEFFICIENTS = 5
 SCOUT_COEFFICIENTS = 4
+JUDGE_SCALE = np.array([[1.0], [1.0], [1.0], [0.1], [0.25]])  # of the features
+SCOUT_SCALE = np.array([[1.0], [1.0], [0.25], [0.1]])
 
 
 def judge_curves(weights: Floats, history: Floats) -> Floats:
@@ -96,12 +98,8 @@ def judge_curves(weights: Floats, history: Floats) -> Floats:
         [JUDGE_COEFFICIENTS, n], for `judged`.
     """
     w = weights.T
-    curves = np.empty((JUDGE_COEFFICIENTS, len(history)))
-    curves[0] = w[0] + w[5] * history
-    curves[1] = w[1] + w[6] * history
-    curves[2] = w[2]
-    curves[3] = 0.1 * w[3]
-    curves[4] = 0.25 * w[4]
+    curves: Floats = JUDGE_SCALE * w[:JUDGE_COEFFICIENTS] + np.zeros(len(history))
+    curves[:2] += w[JUDGE_COEFFICIENTS:] * history
     return curves
 
 
@@ -121,11 +119,8 @@ def judged_one(curve: Sequence[float], z: float, position: int) -> float:
 def scout_curves(weights: Floats, history: Floats) -> Floats:
     """Regroup weights @ `scout_features`: [n, NUM_SCOUT] to [SCOUT_COEFFICIENTS, n]."""
     w = weights.T
-    curves = np.empty((SCOUT_COEFFICIENTS, len(history)))
-    curves[0] = w[0] + w[4] * history
-    curves[1] = w[1]
-    curves[2] = 0.25 * w[2]
-    curves[3] = 0.1 * w[3]
+    curves: Floats = SCOUT_SCALE * w[:SCOUT_COEFFICIENTS] + np.zeros(len(history))
+    curves[0] += w[SCOUT_COEFFICIENTS] * history
     return curves
 
 

@@ -94,7 +94,8 @@ class Acceptances:
             if known and draft.token_ids and row.lookup is None:
                 outcomes[self.of_model(row)].append(_outcome(row.key, draft, known))
         for source, of_source in outcomes.items():
-            source.observe(of_source)
+            if of_source:
+                source.observe(of_source)
 
     def forget(self, keys: Sequence[int]) -> None:
         """Drop finished requests."""

@@ -161,7 +161,7 @@ class Correction:
 
     def __init__(self) -> None:
         self._common = 0.0
-        self._local = np.zeros(16)  # by log2 of the size
+        self._local = [0.0] * 16  # by log2 of the size
         self._errors: deque[float] = deque(maxlen=self.WINDOW)
 
     def factor(self, sizes: Floats) -> Floats:
@@ -176,7 +176,7 @@ class Correction:
         low = int(cell)
         share = cell - low
         local = (1.0 - share) * self._local[low] + share * self._local[low + 1]
-        return math.exp(self._common + float(local))
+        return math.exp(self._common + local)
 
     def observe(self, size: int, predicted: float, measured: float) -> None:
         """Learn from one pair of predicted and measured seconds; no time says nothing."""
@@ -189,7 +189,7 @@ class Correction:
         low = int(cell)
         for index, weight in ((low, 1.0 - (cell - low)), (low + 1, cell - low)):
             self._local[index] += self.LOCAL_RATE * weight * error
-        self._local *= 0.999  # what all sizes share belongs to the common part
+        self._local = [0.999 * x for x in self._local]  # what all share belongs to the common part
 
     def error(self) -> tuple[float, float]:
         """Return median and 95th percentile of |predicted - measured| / measured."""
