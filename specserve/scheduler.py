@@ -213,7 +213,8 @@ class Scheduler:
         room = self.config.max_num_batched_tokens - len(chosen)
         budget = min(self.config.prefill_chunk_tokens, room)
         if self.pacer is not None and (prompts or self.waiting):
-            budget = self.pacer.prefill_tokens(decoding, budget, now)
+            wanted = sum(r.num_uncomputed_tokens for r in prompts) + self.waiting.num_tokens
+            budget = self.pacer.prefill_tokens(decoding, min(budget, wanted), now)
         for request in prompts:
             size = min(request.num_uncomputed_tokens, budget)
             if size and self._is_running(request) and self._make_room(request, size, chosen, now):
