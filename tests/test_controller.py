@@ -184,7 +184,7 @@ def test_a_prompt_in_the_step_makes_no_draft_pay() -> None:
 
 def test_the_shape_of_the_last_step_is_kept_unless_another_pays_for_the_change() -> None:
     believed = step_time(num_free_tokens=1, token_s=0.005)
-    changing = step_time(num_free_tokens=1, token_s=0.005, change_s=0.008)  # half is charged
+    changing = step_time(num_free_tokens=1, token_s=0.005, change_s=0.004)
     for last, with_change in ((1, 0), (2, 1), (3, 2)):
         lengths = []
         for model in (believed, changing):

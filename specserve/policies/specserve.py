@@ -83,7 +83,6 @@ class SpecServePolicy:
     VERIFY_EVERY = 8  # explorations: once in so many, more tokens are verified than pay
     ON_MARGIN = 1.02  # promised over plain rate that turns speculation on
     OFF_MARGIN = 1.0
-    CHANGE_SHARE = 0.5  # of a change of shape's time: one made now is often one saved later
 
     def __init__(self, config: PolicyConfig, step_time: StepTimeModel) -> None:
         self.config = config
@@ -120,7 +119,7 @@ class SpecServePolicy:
         samples = [row.samples for row in rows]
         prompt = num_tokens - sum(samples)
         context = sum([row.num_computed_tokens for row in rows])
-        change = self.CHANGE_SHARE * self.step_time.change_curve(num_tokens, num_draft_tokens)
+        change = self.step_time.change_curve(num_tokens, num_draft_tokens)
         curve = self.step_time.verify_curve(num_tokens, num_draft_tokens, context, prompt)
         verify = priced = curve + change
         if prompt:
