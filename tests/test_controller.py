@@ -17,7 +17,7 @@ from specserve.batch import Batch, Draft, Row, StepRecord, Verified
 from specserve.config import PolicyConfig, SLOConfig, load_config
 from specserve.engines import EngineInfo
 from specserve.engines.simulated import RecordedAcceptance, SimulatedPair, VirtualClock
-from specserve.optimum import best_total
+from specserve.optimum import _choose_of_many, best_total, choose
 from specserve.policies import make_policy
 from specserve.predictor.measure import QUICK, Effort, measure
 from specserve.predictor.profile import Profile
@@ -180,6 +180,20 @@ def test_a_prompt_in_the_step_makes_no_draft_pay() -> None:
     policy._num_steps_off = 0  # no step to explore in
     policy.plan([*rows, prompt])
     assert policy.select(Batch([*rows, prompt]), [*confidences, []]) == [0, 0, 0]
+
+
+def test_few_tokens_are_chosen_as_many_are() -> None:
+    """The one in plain Python, the other by array operations; rows of unlike worth and length."""
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        survival = np.cumprod(rng.uniform(0.1, 1.0, (rng.integers(1, 9), 6)), axis=1)
+        survival[np.arange(6) >= rng.integers(0, 7, (len(survival), 1))] = 0.0
+        weight = rng.choice([1.0, 2.5], len(survival))
+        verify_s = 0.02 + np.cumsum(rng.choice([0.0, 0.002, 0.02], survival.size + 1))
+        args = survival, weight, float(weight.sum()), verify_s, 0.003
+        few, many = choose(*args), _choose_of_many(*args)
+        assert few.lengths == many.lengths
+        assert few.num_expected == pytest.approx(many.num_expected)
 
 
 def test_the_shape_of_the_last_step_is_kept_unless_another_pays_for_the_change() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from test_predictor import make_profile
@@ -11,6 +13,7 @@ from specserve.block_manager import BlockManager
 from specserve.config import SchedulerConfig, SLOConfig
 from specserve.pacing import MIN_CHUNK, Pacer, owed_tokens, slack_s
 from specserve.policies.fixed import FixedPolicy
+from specserve.predictor.profile import VerifySample
 from specserve.predictor.step_time import StepTimeModel
 from specserve.request import SLO, FinishReason, Request
 from specserve.scheduler import Scheduler
@@ -95,6 +98,20 @@ def test_looser_objectives_take_larger_chunks_and_none_takes_all() -> None:
     assert chunks == sorted(chunks)
     assert chunks[0] < chunks[-1]
     assert pacer.prefill_tokens([decoding(None)], 256, 1e3) == 256
+
+
+@pytest.mark.parametrize(("num_rows", "chunk"), [(0, 256), (4, 252), (40, 216)])
+def test_a_chunk_ends_below_a_stair_of_the_step(num_rows: int, chunk: int) -> None:
+    """257 tokens take half as long again as 256: beside rows that decode a chunk is smaller."""
+    sizes = (1, 8, 64, 128, 256, 257, 320)
+    samples = [
+        VerifySample(n, n, c, (0.02 + 0.001 * n) * (1.5 if n > 256 else 1.0) + 1e-7 * c)
+        for n in sizes
+        for c in (100, 1000)
+    ]
+    pacer = Pacer(StepTimeModel(replace(make_profile(), verify=tuple(samples))))
+    rows = [decoding(None) for _ in range(num_rows)]
+    assert pacer.prefill_tokens(rows, 256, now=0.0) == chunk
 
 
 def test_a_late_row_does_not_starve_prompts() -> None:

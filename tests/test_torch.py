@@ -299,6 +299,19 @@ def test_sizes_slower_than_a_larger_one_are_left_out(monkeypatch: pytest.MonkeyP
     assert work.padded(257) == 384
 
 
+def test_a_pass_that_samples_nothing_is_waited_for(
+    checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock beside it would else see a launch, and take prompts for free."""
+    waits: list[TorchModel] = []
+    monkeypatch.setattr(TorchModel, "wait", lambda model: waits.append(model))
+    model = load(checkpoint("llama"))
+    engine, row = ModelTargetEngine(model, DeviceSampler(model)), sampling_row(0, {}, 0)
+    row.samples = False
+    engine.verify(Batch([row]), [[]])
+    assert waits == [model]
+
+
 def test_a_step_may_be_captured_between_two_drafts(checkpoint: Any) -> None:
     """Which runs it with nobody drafting, again and again, and must leave nothing behind."""
     model = load(checkpoint("llama"), sizes=(8, 32), max_tokens=32)
