@@ -10,9 +10,11 @@ Policies keep what they learn from round to round and from load to load, as on a
 rounds of a load only warm up (adaptive_verification takes 300 steps for that, at the first load).
 `--engine simulated` replays a recorded acceptance process in virtual time instead, a process for
 each policy, as many at once as there are cores. Benchmark pairs are the demo pair inflated to the
-cost of larger models: real acceptance at real cost, and the text of neither. `--workload mixed` has
-code, prose and random tokens side by side, half of the requests sampled: there drafts of one row
-pay and those of its neighbour do not. It needs real engines: a recording knows greedy code.
+cost of larger models: real acceptance at real cost, and the text of neither. `specserve` is as it
+serves, with prompt lookup; `specserve_model` has the draft model only, as all baselines but the
+fixed `lookup` lengths, and as everybody where acceptance is replayed: there are no texts.
+`--workload mixed` has code, prose and random tokens side by side, half of the requests sampled:
+there drafts of one row pay and those of its neighbour do not. It needs real engines too.
 
 Example: python -m bench.policies --concurrency 1 2 4 8 16
          python -m bench.policies --engine simulated
@@ -37,6 +39,7 @@ from rich.table import Table
 
 from bench.closed_loop import ClosedLoop, Stopwatch
 from bench.gpu import describe_gpu
+from bench.policy_arms import ARMS, OURS, OURS_WITH_MODEL, WITHOUT_TEXTS
 from bench.precision import native_precision
 from bench.prompts import Asked, held_out_prompts, mixed_workload
 from bench.record import ROOT, emit, made_of
@@ -69,16 +72,6 @@ TOTALS = (
     "num_steps", "num_drafted_tokens", "num_verified_tokens", "num_accepted_tokens",
     "step_s", "draft_s", "verify_s",
 )  # fmt: skip
-ARMS = {
-    "plain": ["policy.name=none"],
-    **{f"fixed_{k}": ["policy.name=fixed", f"policy.num_draft_tokens={k}"] for k in range(1, 9)},
-    "threshold": ["policy.name=threshold"],
-    "smartspec": ["policy.name=smartspec"],
-    "adaspec_released": ["policy.name=adaspec_released"],
-    "adaspec_repaired": ["policy.name=adaspec_repaired", "policy.slo_tpot_s=inf"],
-    "adaptive_verification": ["policy.name=adaptive_verification"],
-    "specserve": ["policy.name=specserve"],
-}
 
 
 @dataclass(slots=True)
@@ -119,15 +112,20 @@ class Bench:
     profile: Profile
     engines_for: Callable[[int], tuple[DraftEngine, TargetEngine, Callable[[], float]]]
     workload: list[Asked]
+    arms: Mapping[str, Sequence[str]]
     telemetry: Telemetry = field(default_factory=NoTelemetry)
 
     def policy(self, arm: str) -> Paced:
         """Make an arm's policy with a predictor of its own."""
-        config = load_config(None, ARMS[arm]).policy
+        config = load_config(None, self.arms[arm]).policy
         needed = needs_profile(config.name)
         step_time = StepTimeModel(self.profile, self.telemetry) if needed else None
-        pacer = Pacer(step_time) if step_time and arm == "specserve" else None
+        pacer = Pacer(step_time) if step_time and config.name == OURS else None
         return make_policy(config, step_time), pacer
+
+    def source(self, arm: str) -> str:
+        """Say who proposes for an arm's requests."""
+        return load_config(None, self.arms[arm]).policy.draft_source
 
     def loop(
         self,
@@ -183,9 +181,7 @@ def main() -> None:
                 arm: {str(c): _per_step(cells[c][arm]) for c in cells} for arm in options.arms
             },
             "step_time_error": {
-                str(c): cells[c]["specserve"].step_time_error
-                for c in cells
-                if "specserve" in cells[c]
+                str(c): cells[c][OURS].step_time_error for c in cells if OURS in cells[c]
             },
             "wall_s": round(time.perf_counter() - started, 1),
             "config": vars(options),
@@ -201,7 +197,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="of the torch engine")
     parser.add_argument("--compile", action="store_true", help="torch on a GPU")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--arms", nargs="+", help="all by default")
     parser.add_argument("--rounds", type=int, default=3, help="counted")
     parser.add_argument("--warmup-rounds", type=int, default=1, help="before them, not counted")
     parser.add_argument("--requests", type=int, default=1, help="per row and round, at least")
@@ -216,6 +212,11 @@ def _parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.engine == "simulated" and options.workload == "mixed":
         parser.error("--workload mixed needs real engines: a recording knows greedy code only")
+    arms = WITHOUT_TEXTS if options.engine == "simulated" else ARMS
+    options.arms = options.arms or list(arms)
+    unknown = set(options.arms) - arms.keys()
+    if unknown:
+        parser.error(f"--arms: unknown {', '.join(sorted(unknown))}; known are {', '.join(arms)}")
     options.overrides = [f"engine.dir={options.engines}", f"engine.precision={options.precision}"]
     if options.engine == "torch":
         options.overrides += [
@@ -265,7 +266,7 @@ def _real(options: argparse.Namespace) -> Bench:
         prompts = held_out_prompts(tokenizer, wanted, PROMPT_TOKENS, per_file=per_file)
         workload = [Asked(prompt, SamplingParams()) for prompt in prompts]
     pair = (draft, target, time.perf_counter)
-    return Bench(config, info, profile, lambda _: pair, workload, telemetry)
+    return Bench(config, info, profile, lambda _: pair, workload, ARMS, telemetry)
 
 
 def _simulated(options: argparse.Namespace) -> Bench:
@@ -279,7 +280,8 @@ def _simulated(options: argparse.Namespace) -> Bench:
         return pair, pair, clock
 
     workload = [Asked([1] * PROMPT_TOKENS, SamplingParams())] * 512
-    return Bench(load_config(None, options.overrides), info, profile, engines_for, workload)
+    config = load_config(None, options.overrides)
+    return Bench(config, info, profile, engines_for, workload, WITHOUT_TEXTS)
 
 
 def _simulated_grid(options: argparse.Namespace) -> Grid:
@@ -333,10 +335,11 @@ def _round(
     while waiting or running:
         while waiting and (takes_turns or not running):
             arm = waiting.pop()
+            source = bench.source(arm)
             number = options.arms.index(arm) if takes_turns else 0  # simulated texts go by keys
             first_key = KEYS * (KEYS * (KEYS * number + concurrency) + seed)
             requests = [
-                Request(prompt, options.max_tokens, sampling, key=key)
+                Request(prompt, options.max_tokens, sampling, key=key, draft_source=source)
                 for key, (prompt, sampling) in enumerate(asked, first_key + 1)
             ]
             running[arm] = bench.loop(policies[arm], blocks, concurrency, requests, seed)
@@ -358,15 +361,16 @@ def _per_step(cell: Cell) -> dict[str, float]:
 
 
 def _against_best(cells: dict[str, Cell]) -> float:
-    others = [cell.tokens_per_s for arm, cell in cells.items() if arm != "specserve"]
-    return cells["specserve"].tokens_per_s / max(others) if "specserve" in cells else 0.0
+    ours = (OURS, OURS_WITH_MODEL)
+    others = [cell.tokens_per_s for arm, cell in cells.items() if arm not in ours]
+    return cells[OURS].tokens_per_s / max(others) if OURS in cells else 0.0
 
 
 def _geometric_mean(columns: Grid) -> float:
     ratios = [
-        cells["specserve"].tokens_per_s / cells["adaspec_released"].tokens_per_s
+        cells[OURS].tokens_per_s / cells["adaspec_released"].tokens_per_s
         for cells in columns.values()
-        if {"specserve", "adaspec_released"} <= cells.keys()
+        if {OURS, "adaspec_released"} <= cells.keys()
     ]
     return float(np.exp(np.mean(np.log(ratios)))) if ratios else 0.0
 

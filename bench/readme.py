@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cells import read_lines
+from bench.policy_arms import OURS_WITH_MODEL
 from bench.record import ROOT
 from bench.report import style
 from bench.report.results import ATTAINMENT, LATENCY, OURS, Place, Results, read
@@ -115,7 +116,7 @@ def policies(path: Path) -> Iterator[str]:
         if arm not in ("plain", OURS, *fixed):
             yield from _ratios(style.label(arm), row, plain, "{:.2f}x")
     yield from _ratios(f"**{OURS}**", rates[OURS], plain, "**{:.2f}x**")
-    others = [row for arm, row in rates.items() if arm != OURS]
+    others = [row for arm, row in rates.items() if arm not in (OURS, OURS_WITH_MODEL)]
     best = {c: max(row[c] for row in others) for c in plain}
     yield from _ratios(f"{OURS} / best of all others", rates[OURS], best, "{:.2f}")
     yield from _ratios(f"{OURS} / AdaSpec as released", rates[OURS], rates[RELEASED], "{:.2f}")

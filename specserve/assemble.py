@@ -52,12 +52,16 @@ def assemble(
         )
     blocks = blocks or BlockManager(info.num_blocks, info.block_size)
     first = policy or FixedPolicy(0)
+    max_lookup_tokens = config.policy.max_lookup_tokens
+    if info.max_draft_tokens is not None:
+        max_lookup_tokens = min(max_lookup_tokens, info.max_draft_tokens)
     scheduler = Scheduler(
         replace(config.scheduler, max_seq_len=limit),
         blocks,
         first,
         config.slo,
         config.policy.max_draft_tokens,
+        max_lookup_tokens,
     )
     scheduler.admission.supports = info.supports
     scheduler.speculates_sampled = info.verifies_sampled

@@ -120,6 +120,9 @@ class PolicyConfig:
         name: an entry of `specserve.policies.POLICIES`.
         num_draft_tokens: draft length of the `fixed` policy.
         max_draft_tokens: hard cap per row and step, for every policy.
+        max_lookup_tokens: that of `specserve` for what prompt lookup proposes, which costs nothing
+            to draft; where a text repeats itself, long drafts are accepted whole. A TensorRT-LLM
+            target takes as many as it was built for, if that is less.
         draft_source: of requests that name none: `model`, `ngram` (prompt lookup), `auto` (what
             promises more, step by step), or `none`.
         min_survival: `adaptive` stops a row when the calibrated probability that its whole draft
@@ -138,6 +141,7 @@ class PolicyConfig:
     name: str = "specserve"
     num_draft_tokens: int = 4
     max_draft_tokens: int = 8
+    max_lookup_tokens: int = 16
     draft_source: str = "auto"
     min_survival: float = 0.35
     profile: str = ""

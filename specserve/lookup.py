@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from specserve.batch import Draft
 
 NGRAMS = (4, 3, 2)  # tokens of the end that must have been seen, the longest first
-MAX_MATCH = 16  # tokens compared backwards, to say how sure a proposal is
+MAX_MATCH = 64  # tokens compared backwards, to say how sure a proposal is
 
 
 class PromptLookup:
@@ -20,8 +20,9 @@ class PromptLookup:
     def propose(self, key: int, token_ids: Sequence[int], max_tokens: int) -> Draft | None:
         """Continue as after the latest place where the last tokens stood before.
 
-        Every token has one confidence: of `match` tokens in a row that agreed, Laplace's rule of
-        succession expects the next to agree with probability (match + 1) / (match + 2).
+        Of `match` tokens in a row that agreed, Laplace's rule of succession expects the next to
+        agree with probability (match + 1) / (match + 2); for the tokens after it, the proposed ones
+        before them count as agreed.
 
         Args:
             token_ids: all known tokens of the request; those seen before must not have changed.
@@ -34,9 +35,9 @@ class PromptLookup:
         start = index.find(token_ids)
         if start is None or max_tokens < 1:
             return None
-        proposed = list(token_ids[start : start + max_tokens])
+        proposed = _copy(token_ids, start, max_tokens)
         match = _match(token_ids, start)
-        return Draft(proposed, [(match + 1) / (match + 2)] * len(proposed))
+        return Draft(proposed, [(n + 1) / (n + 2) for n in range(match, match + len(proposed))])
 
     def release(self, keys: Sequence[int]) -> None:
         """Forget requests; unknown keys are ignored."""
@@ -65,6 +66,13 @@ class _Index:
             if end is not None:
                 return end
         return None
+
+
+def _copy(token_ids: Sequence[int], start: int, count: int) -> list[int]:
+    """Copy from `start` on; past the end, what was copied: a text that repeats itself goes on."""
+    copied = list(token_ids[start : start + count])
+    period = len(copied)
+    return [copied[i % period] for i in range(count)]
 
 
 def _match(token_ids: Sequence[int], start: int) -> int:

@@ -13,13 +13,6 @@ Floats = NDArray[np.float64]
 MANY = 64
 
 
-class Chosen(NamedTuple):
-    """How many draft tokens of each row to verify, and how many of them all should be accepted."""
-
-    lengths: list[int]
-    num_expected: float
-
-
 class Best(NamedTuple):
     """The best number of draft tokens, and the token rate it promises."""
 
@@ -56,8 +49,8 @@ def best_total(
 
 def choose(
     survival: Floats, weight: Floats, base_yield: float, verify_s: Floats, spent_s: float
-) -> Chosen:
-    """Take the best number of tokens in order of worth; ties keep the order of positions.
+) -> list[int]:
+    """Return how many tokens of each row are worth verifying; ties keep the order of positions.
 
     Args:
         survival: [num_rows, longest draft], falling along a row, 0 beyond a row's draft.
@@ -68,7 +61,7 @@ def choose(
         return _choose_of_many(survival, weight, base_yield, verify_s, spent_s)
     rows = survival.tolist()
     tokens = [
-        (-w * s, position, i, s)
+        (-w * s, position, i)
         for i, (values, w) in enumerate(zip(rows, weight.tolist(), strict=True))
         for position, s in enumerate(values)
         if s > 0.0
@@ -76,23 +69,22 @@ def choose(
     tokens.sort()
     gains = [-token[0] for token in tokens]
     best = best_total(gains, base_yield, verify_s[: len(gains) + 1].tolist(), spent_s)
-    lengths, num_expected = [0] * len(rows), 0.0
-    for _, _, i, s in tokens[: best.num_tokens]:
+    lengths = [0] * len(rows)
+    for _, _, i in tokens[: best.num_tokens]:
         lengths[i] += 1
-        num_expected += s
-    return Chosen(lengths, num_expected)
+    return lengths
 
 
 def _choose_of_many(
     survival: Floats, weight: Floats, base_yield: float, verify_s: Floats, spent_s: float
-) -> Chosen:
+) -> list[int]:
     worth = (survival * weight[:, None]).ravel()
     positions = np.tile(np.arange(survival.shape[1]), len(survival))
     order = np.lexsort((positions, -worth))[: np.count_nonzero(worth)]
     best = best_total(worth[order].tolist(), base_yield, verify_s.tolist(), spent_s)
     chosen = order[: best.num_tokens]
-    lengths = np.bincount(chosen // survival.shape[1], minlength=len(survival)).tolist()
-    return Chosen(lengths, float(survival.ravel()[chosen].sum()))
+    lengths: list[int] = np.bincount(chosen // survival.shape[1], minlength=len(survival)).tolist()
+    return lengths
 
 
 def _best_of_many(

@@ -41,6 +41,7 @@ class Scheduler:
 
     Args:
         max_draft_tokens: hard cap of a row and step, whatever policy and request ask for.
+        max_lookup_tokens: that of prompt lookup, where the policy takes as many.
 
     Attributes:
         speculates_sampled: False keeps sampled requests from drafting, see `EngineInfo`.
@@ -53,6 +54,7 @@ class Scheduler:
         policy: Policy,
         slo: SLOConfig | None = None,
         max_draft_tokens: int = 8,
+        max_lookup_tokens: int = 16,
     ) -> None:
         for name in ("max_num_seqs", "prefill_chunk_tokens"):
             if getattr(config, name) < 1:
@@ -68,6 +70,7 @@ class Scheduler:
         slo = slo or SLOConfig()
         self.admission = Admission(config, blocks, slo)
         self.max_draft_tokens = max_draft_tokens
+        self.max_lookup_tokens = max_lookup_tokens
         self.speculates_sampled = True
         self.lookup = PromptLookup()
         self.waiting = WaitingQueue(self.admission.deadline_s, slo.shares)
@@ -301,27 +304,25 @@ class Scheduler:
 
     def _allow_draft(self, row: Row, request: Request) -> None:
         wishes = (request.max_draft_tokens, request.num_draft_tokens)
-        limits = [self.max_draft_tokens, request.num_draftable_tokens]
-        cap = min(limits + [n for n in wishes if n is not None])
-        if request.draft_source != "model":
-            row.lookup = self.lookup.propose(request.key, request.token_ids, cap)
-        if request.draft_source == "ngram":
-            cap = len(row.lookup.token_ids) if row.lookup else 0
-        row.max_draft_tokens = cap
+        limit = min([request.num_draftable_tokens, *(n for n in wishes if n is not None)])
         row.has_fixed_draft = request.num_draft_tokens is not None
+        row.max_draft_tokens = min(limit, self.max_draft_tokens)
+        if request.draft_source != "model":
+            longest = self.max_draft_tokens if row.has_fixed_draft else self.max_lookup_tokens
+            row.lookup = self.lookup.propose(request.key, request.token_ids, min(limit, longest))
+        if request.draft_source == "ngram":
+            row.max_draft_tokens = len(row.lookup.token_ids) if row.lookup else 0
 
     def _plan_drafts(self, rows: list[Row], requests: list[Request]) -> StopRule | None:
         """Ask the policy, then cut its plan to the step's token budget and the free memory."""
         plan = self.policy.plan(rows)
         budget = self.config.max_num_batched_tokens - sum(len(row.token_ids) for row in rows)
         for i, (row, request) in enumerate(zip(rows, requests, strict=True)):
-            wanted = row.max_draft_tokens
+            _choose_source(row, plan, i)
+            wanted = len(row.lookup.token_ids) if row.lookup else row.max_draft_tokens
             if not row.has_fixed_draft:
                 wanted = min(wanted, plan.max_draft_tokens[i])
-            _choose_source(row, plan, i)
             row.is_draft_sampled = plan.is_sampled and not row.sampling.is_greedy
-            if row.lookup:
-                wanted = min(wanted, len(row.lookup.token_ids))
             num_tokens = self._reserve_draft(request, min(wanted, budget))
             budget -= num_tokens
             row.max_draft_tokens = 0 if row.lookup else num_tokens

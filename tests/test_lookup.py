@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from conftest import drive, make_core, make_request
@@ -23,7 +25,8 @@ from specserve.lookup import NGRAMS, PromptLookup
         pytest.param([1, 2, 3, 4, 1, 2], 1, [3], id="no more than asked for"),
         pytest.param([1, 2, 7, 1, 2, 8, 1, 2], 1, [8], id="the latest place counts"),
         pytest.param([5, 1, 2, 3, 7, 6, 1, 2, 3, 8, 5, 1, 2, 3], 1, [7], id="a longer match first"),
-        pytest.param([1, 1, 1, 1], 2, [1], id="up to the end of what is known"),
+        pytest.param([9, 4, 1, 2, 3, 1, 2], 7, [3, 1, 2, 3, 1, 2, 3], id="a text that repeats"),
+        pytest.param([1, 1, 1, 1], 3, [1, 1, 1], id="one token over and over"),
         pytest.param([1, 2, 3, 4], 3, None, id="nothing stood before"),
         pytest.param([1, 2, 1], 3, None, id="one token is no match"),
         pytest.param([1, 2, 3, 1, 2], 0, None, id="no room"),
@@ -47,11 +50,19 @@ def test_a_longer_match_is_surer() -> None:
     assert long.confidences == [4 / 5]
 
 
+def test_if_the_tokens_before_are_right_the_next_one_is_surer() -> None:
+    draft = PromptLookup().propose(1, [9, 1, 2, 5, 8, 7, 1, 2], 3)
+    assert draft == Draft([5, 8, 7], [3 / 4, 4 / 5, 5 / 6])
+
+
 def propose_slowly(token_ids: list[int], max_tokens: int) -> list[int] | None:
     for n in NGRAMS:
         for end in range(len(token_ids) - 1, n - 1, -1):
             if token_ids[end - n : end] == token_ids[-n:]:
-                return token_ids[end : end + max_tokens]
+                text = list(token_ids)
+                for i in range(end, end + max_tokens):
+                    text.append(text[i])
+                return text[len(token_ids) :]
     return None
 
 
@@ -116,7 +127,7 @@ def test_auto_turns_to_the_lookup_when_the_draft_model_knows_nothing() -> None:
     request = make_request([1, 2, 3], 240, draft_source="auto")
     drive(core, [request])
     assert request.num_accepted_tokens > 150
-    assert draft.num_calls < core.stats.num_steps / 2
+    assert draft.num_calls <= 2 * core.scheduler.max_draft_tokens  # two drafts at most
 
 
 def test_auto_is_never_worse_than_either_source_alone() -> None:
@@ -128,6 +139,45 @@ def test_auto_is_never_worse_than_either_source_alone() -> None:
         return core.stats.num_steps
 
     assert steps("auto") <= 1.1 * min(steps("ngram"), steps("model"))
+
+
+def longest_drafts(source: str, policy: str = "specserve", **wishes: int) -> list[int]:
+    """Return the longest drafts of a request on a text that circles."""
+    core, lengths = circling_core(PagedLM(noise=8.0, scale=-1.0)), []
+    if policy != "specserve":
+        core = make_core(policy, target=MarkovLM(), draft=PagedLM(noise=8.0))
+    core.scheduler.submit(make_request([1, 2, 3], 240, draft_source=source, **wishes))
+    while core.scheduler.has_work:
+        before = core.stats.num_verified_tokens
+        core.step()
+        lengths.append(core.stats.num_verified_tokens - before)
+    return sorted(lengths)
+
+
+def test_lookups_may_be_longer_than_drafts_of_the_model() -> None:
+    assert longest_drafts("auto")[-1] == 16
+    assert longest_drafts("ngram")[-1] == 16
+    assert longest_drafts("model")[-1] <= 8
+
+
+def test_a_request_and_other_policies_keep_lookups_to_their_own_caps() -> None:
+    assert longest_drafts("ngram", max_draft_tokens=3)[-1] == 3
+    assert longest_drafts("ngram", num_draft_tokens=12)[-1] == 8
+    assert longest_drafts("ngram", policy="threshold")[-1] <= 8
+
+
+def test_after_steps_that_brought_much_the_lookup_is_still_chosen() -> None:
+    """Found in a run where each step took the last one's rate for what every token has to pay."""
+    core = circling_core(PagedLM(noise=1.5))
+    for i in range(4):
+        core.scheduler.submit(make_request([i, 2, 3], 120, draft_source="auto"))
+    chosen = []
+    while core.scheduler.has_work:
+        core.step()
+        chosen.append(core.stats.num_accepted_tokens)
+    steps = [later - earlier for earlier, later in itertools.pairwise(chosen)]
+    first = next(i for i, accepted in enumerate(steps) if accepted)
+    assert 0 not in steps[first : first + 6]
 
 
 def test_sources_mix_in_a_batch() -> None:

@@ -25,7 +25,8 @@ def options(demo_engines: Path) -> Namespace:
     """What a run on the demo pair would be given; in f32 greedy texts are the same for all."""
     return peers_main.parse(
         f"--engines {demo_engines} --checkpoints {demo_engines.parent} --precision f32 "
-        "--threads 1 --concurrency 1 2 --rounds 1 --warmup-rounds 0 --max-tokens 4".split()
+        "--threads 1 --concurrency 1 2 --rounds 1 --warmup-rounds 0 --max-tokens 4 "
+        "--requests 1 --min-requests 4".split()
     )
 
 
@@ -64,6 +65,7 @@ def test_result_is_one_json_line_printed_last(
     rates = result["tokens_per_s"]
     assert rates["specserve"].keys() == {"1", "2"}
     arms = {"plain", "fixed_2", "fixed_4", "fixed_6", "fixed_8", "threshold_0.4"}
+    arms |= {"lookup_2", "lookup_4"}
     assert all(rates["openvino_genai"][c].keys() == arms for c in ("1", "2"))
     for c, ratio in result["against_best_genai"].items():
         best = max(rates["openvino_genai"][c].values())

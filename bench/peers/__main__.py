@@ -79,7 +79,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--rounds", type=int, default=3, help="counted")
     parser.add_argument("--warmup-rounds", type=int, default=1, help="before them, not counted")
-    parser.add_argument("--requests", type=int, default=2, help="per row and round, at least 4")
+    parser.add_argument("--requests", type=int, default=2, help="per row and round, at least")
+    parser.add_argument("--min-requests", type=int, default=12, help="of all rows, a round")
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--engines", type=Path, default=ROOT / "build" / "bench_target")
@@ -135,7 +136,7 @@ def _checkpoints(folder: Path | None, scratch: Path) -> tuple[Path, Path]:
 def _measure(peers: dict[str, Peer], concurrency: int, options: argparse.Namespace) -> Rates:
     """Run every arm that serves so many at a time, interleaved."""
     tokenizer = load_tokenizer(options.engines / "target")
-    num_prompts = max(4, options.requests * concurrency)
+    num_prompts = concurrency * max(options.requests, -(-options.min_requests // concurrency))
     prompts = held_out_prompts(tokenizer, num_prompts, PROMPT_TOKENS)
     load = Load(prompts, concurrency, options.max_tokens)
     arms = [

@@ -17,10 +17,11 @@ from specserve.text import load_tokenizer
 
 ROLES = ("target", "draft")
 CACHE_GB = 1
+MAX_NGRAM = 3  # as in GenAI's documentation of prompt lookup
 
 
 class OpenVINOGenAI:
-    """Two pipelines, with and without a draft; arms differ in what a request asks for.
+    """Three pipelines: plain, with a draft model, with prompt lookup; arms differ in lengths.
 
     Prompts go in as token ids and ids come out, step by step in this process: no transport and no
     detokenization is charged to it. Prefix caching is off, since prompts repeat between rounds.
@@ -30,7 +31,9 @@ class OpenVINOGenAI:
         scratch: where to put what GenAI wants beside an IR: its tokenizer as a model.
     """
 
-    arms = ("plain", "fixed_2", "fixed_4", "fixed_6", "fixed_8", "threshold_0.4")
+    arms = (
+        "plain", "fixed_2", "fixed_4", "fixed_6", "fixed_8", "threshold_0.4", "lookup_2", "lookup_4"
+    )  # fmt: skip
     max_concurrency = 32
 
     def __init__(self, pair: Path, scratch: Path, precision: str, num_threads: int) -> None:
@@ -43,11 +46,13 @@ class OpenVINOGenAI:
         model = genai.draft_model(str(draft), "CPU", **properties)
         self._tokenizer: Tokenizer = load_tokenizer(target)
         self._plain = self._pipeline(target, properties)
-        self._speculative = self._pipeline(target, {**properties, "draft_model": model})
+        self._drafting = self._pipeline(target, {**properties, "draft_model": model})
+        self._lookup = self._pipeline(target, {**properties, "prompt_lookup": True})
 
     def run(self, arm: str, load: Load) -> Run:
         """Serve a load. See `Peer`."""
-        pipeline = self._plain if arm == "plain" else self._speculative
+        pipelines = {"plain": self._plain, "lookup": self._lookup}
+        pipeline = pipelines.get(arm.partition("_")[0], self._drafting)
         config = _generation_config(arm, load.max_tokens)
         prompts = [ov.Tensor(np.array([ids], dtype=np.int64)) for ids in load.prompts]
         outputs: list[list[int]] = [[] for _ in prompts]
@@ -89,6 +94,9 @@ def _generation_config(arm: str, max_tokens: int) -> Any:
         config.num_assistant_tokens = int(value)
     elif kind == "threshold":
         config.assistant_confidence_threshold = float(value)
+    elif kind == "lookup":
+        config.num_assistant_tokens = int(value)
+        config.max_ngram_size = MAX_NGRAM
     return config
 
 

@@ -75,6 +75,7 @@ class EngineInfo:
         verifies_sampled: verifying drafts leaves the distribution of sampled requests as it is;
             else only greedy ones are speculated on.
         takes_chunks: a prompt's chunk is computed when it comes; else with the last one.
+        max_draft_tokens: what the target can verify of a row at once; None is any number.
     """
 
     vocab_size: int
@@ -85,6 +86,7 @@ class EngineInfo:
     supports: Callable[[Request], str | None] = supports_all
     verifies_sampled: bool = True
     takes_chunks: bool = True
+    max_draft_tokens: int | None = None
 
 
 # Name -> module with `make_draft(config)` and `make_target(config)`.

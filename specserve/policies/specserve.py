@@ -11,7 +11,7 @@ from specserve.config import PolicyConfig
 from specserve.optimum import choose
 from specserve.policies import needed
 from specserve.policies.owed import deficits, worths
-from specserve.policies.source_choice import Prices, lookup_worth, model_worth
+from specserve.policies.source_choice import Proposals, scouted_survivals
 from specserve.predictor.sources import Acceptances
 from specserve.predictor.step_time import StepTimeModel
 from specserve.stop_rules import ValueRule
@@ -91,7 +91,6 @@ class SpecServePolicy:
         self.decision = Decision()
         self._is_on = True
         self._num_steps_off = self.EXPLORE_EVERY - 1  # begin by looking
-        self._rate = 0.0  # tokens per second that the last step promised
         self._step: _Step | None = None
 
     # -- plan ----------------------------------------------------------------------------------
@@ -100,7 +99,8 @@ class SpecServePolicy:
         """Say who proposes for each row, how much at most, and what stops the draft model."""
         longest = self.config.max_draft_tokens
         caps = np.array([min(row.max_draft_tokens, longest) for row in rows])
-        step = self._step = self._look(rows, int(caps.sum()))
+        found = np.array([len(row.lookup.token_ids) if row.lookup else 0 for row in rows])
+        step = self._step = self._look(rows, int(np.maximum(caps, found).sum()))
         uses_lookup, gains = self._choose_sources(rows, step, caps)
         model_caps = np.where(uses_lookup, 0, caps)
         rule = self._rule(rows, step, model_caps, gains)
@@ -111,7 +111,7 @@ class SpecServePolicy:
             step.is_exploring = True
             step.must_verify = self._num_steps_off % (self.EXPLORE_EVERY * self.VERIFY_EVERY) == 0
             begins = caps > 0
-        allowed = np.where(begins | uses_lookup, caps, 0)
+        allowed = np.where(uses_lookup, found, np.where(begins, caps, 0))
         return DraftPlan(allowed.tolist(), rule, uses_lookup.tolist(), is_sampled=True)
 
     def _look(self, rows: Sequence[Row], num_draft_tokens: int) -> _Step:
@@ -142,23 +142,19 @@ class SpecServePolicy:
             return np.zeros(len(rows), dtype=bool), np.empty(0)
         has_lookup = np.array([lookup is not None for lookup in step.lookups])
         confidences = [row.lookup.confidences if row.lookup else [] for row in rows]
-        lengths = np.minimum([len(c) for c in confidences], caps)
-        confidences = [c[:n] for c, n in zip(confidences, lengths, strict=True)]
         survival = self.acceptances.survivals(rows, confidences, step.judge)
-        prices = self._prices(rows, step, int(np.count_nonzero(caps)))
-        better = lookup_worth(survival, prices) > model_worth(step.scout, caps, prices)
+        proposals = Proposals(survival, scouted_survivals(step.scout, caps), step.weight)
+        forward_s = self._forward_s(int(np.count_nonzero(caps)))
+        better = proposals.lookup_is_better(step.base_yield, step.priced_s, forward_s)
         is_bound = np.array([row.draft_source == "ngram" for row in rows])
         fixed = np.array([row.has_fixed_draft for row in rows])
         uses = has_lookup & (is_bound | (better & ~fixed))
         gains = (survival * step.weight[:, None])[uses].ravel()
         return uses, np.sort(gains[gains > 0.0])[::-1]
 
-    def _prices(self, rows: Sequence[Row], step: _Step, num_drafting: int) -> Prices:
-        plain_s, most_s = float(step.priced_s[0]), float(step.priced_s[-1])
-        rate = max(self._rate, sum(row.samples for row in rows) / plain_s)
-        token_s = (most_s - plain_s) / max(1, len(step.priced_s) - 1)
-        forward_s = float(self.step_time.forward_curve(num_drafting)[-1]) / max(1, num_drafting)
-        return Prices(rate * token_s, rate * forward_s)
+    def _forward_s(self, num_drafting: int) -> float:
+        """Return a row's share of a draft forward of so many."""
+        return float(self.step_time.forward_curve(num_drafting)[-1]) / max(1, num_drafting)
 
     def _rule(self, rows: Sequence[Row], step: _Step, caps: Ints, gains: Floats) -> ValueRule:
         num_drafting, context = int(np.count_nonzero(caps)), step.context
@@ -202,7 +198,7 @@ class SpecServePolicy:
             return lengths
         survival = self.acceptances.survivals(batch.rows, confidences, step.judge)
         step.draft_s = self.step_time.draft_s(*_draft_call(batch.rows, lengths))
-        chosen = self._choose(batch, step, survival)
+        chosen = choose(survival, step.weight, step.base_yield, step.priced_s, step.draft_s)
         for i, row in enumerate(batch.rows):
             if row.has_fixed_draft:
                 chosen[i] = lengths[i]
@@ -212,16 +208,6 @@ class SpecServePolicy:
         predicted_s = step.draft_s + float(step.verify_s[sum(chosen)])
         self.decision = Decision(reasons, predicted_s)
         return chosen
-
-    def _choose(self, batch: Batch, step: _Step, survival: Floats) -> list[int]:
-        """Take the tokens that raise the rate most, and remember the rate they promise."""
-        lengths, num_expected = choose(
-            survival, step.weight, step.base_yield, step.priced_s, step.draft_s
-        )
-        num_plain = sum([row.samples for row in batch.rows])
-        step_s = step.draft_s + float(step.priced_s[sum(lengths)])
-        self._rate = (num_plain + num_expected) / step_s
-        return lengths
 
     # -- observe -------------------------------------------------------------------------------
 

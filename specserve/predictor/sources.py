@@ -24,7 +24,7 @@ from specserve.predictor.acceptance import (
 )
 
 Floats = NDArray[np.float64]
-LOOKUP_PRIOR = (-0.5, 0.8, 0.0, 0.0, 0.0, 2.0, 0.0)
+LOOKUP_PRIOR = (-1.1, 1.5, 0.0, 0.0, 0.0, 2.0, 0.0)
 
 
 class Acceptances:

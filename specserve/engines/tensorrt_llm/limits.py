@@ -27,6 +27,7 @@ def describe(config: Config, draft: Manifest, target: Manifest) -> EngineInfo:
         supports=make_supports(config.tensorrt_llm.prompt_ignore_length),
         verifies_sampled=False,
         takes_chunks=config.tensorrt_llm.sends_chunks,
+        max_draft_tokens=verifies.max_draft_len,
     )
 
 
@@ -57,7 +58,9 @@ def max_seq_len(config: Config, draft: Manifest, target: Manifest) -> int:
     The last call's input is all tokens but one, draft included; its output is counted before it is
     known how much of the draft is accepted, and would be cut beyond the engine's own length.
     """
-    limit = min(draft.max_seq_len, target.max_seq_len) - config.policy.max_draft_tokens
+    policy, verifies = config.policy, compiled(target, config)
+    longest = max(policy.max_draft_tokens, min(policy.max_lookup_tokens, verifies.max_draft_len))
+    limit = min(draft.max_seq_len, target.max_seq_len) - longest
     for manifest in (draft, target):
         engine = compiled(manifest, config)
         limit = min(limit, engine.max_input_len + 1)
