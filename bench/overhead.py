@@ -87,7 +87,9 @@ async def _measure(server: Served, num_streams: int, options: argparse.Namespace
         async def run(seconds: float) -> None:
             until = time.perf_counter() + seconds
             await asyncio.gather(*(one_client(i, until) for i in range(num_streams)))
-            await asyncio.sleep(0.5)  # the metrics are published five times a second
+            await asyncio.sleep(
+                0.5
+            )  # the metrics are published a fifth of a second after the last step
 
         await run(options.seconds / 6)  # warm-up
         before = await asyncio.to_thread(server.metrics)

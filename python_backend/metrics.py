@@ -11,6 +11,9 @@ from specserve.engines.triton import TritonDraftEngine, TritonTargetEngine
 from specserve.stats import Outcomes, least_slack_s
 
 PUBLISH_S = 0.2
+# While there is work: each value that changes is a message to the server's process and back, some
+# hundred of them a time, on the cores that an engine may have.
+BUSY_PUBLISH_S = 1.0
 
 COUNTERS = {
     "specserve_requests_total": "Requests ended, by outcome and priority class",
@@ -74,7 +77,7 @@ class Sample(NamedTuple):
 
 
 class Metrics:
-    """Publishes a core's totals, at most every `PUBLISH_S` seconds."""
+    """Publishes a core's totals, every `BUSY_PUBLISH_S` seconds, and as soon as all is done."""
 
     def __init__(
         self,
@@ -85,7 +88,7 @@ class Metrics:
     ) -> None:
         self._core, self._draft, self._target = core, draft, target
         self._outcomes = outcomes
-        self._next = 0.0
+        self._published_s = 0.0
         self._last: dict[Sample, float] = {}
         self._families = {
             name: pb_utils.MetricFamily(name=name, description=text, kind=kind)
@@ -104,9 +107,10 @@ class Metrics:
     def publish(self) -> None:
         """Send what has changed."""
         now = time.monotonic()
-        if now < self._next:
+        every_s = BUSY_PUBLISH_S if self._core.scheduler.has_work else PUBLISH_S
+        if now < self._published_s + every_s:
             return
-        self._next = now + PUBLISH_S
+        self._published_s = now
         samples = list(self._samples())
         for sample in samples:
             self._send(sample._replace(value=0.0), sample.value)

@@ -16,6 +16,7 @@ from specserve.batch import Draft
 from specserve.core import SpecServe
 from specserve.engines.paged_model import FlatBatch
 from specserve.lookup import NGRAMS, PromptLookup
+from specserve.policies.source_choice import Proposals
 
 
 @pytest.mark.parametrize(
@@ -191,3 +192,37 @@ def test_sources_mix_in_a_batch() -> None:
     drafted = {r.draft_source: r.num_drafted_tokens for r in requests}
     assert min(drafted["model"], drafted["ngram"], drafted["auto"]) > 0
     assert drafted["none"] == 0
+
+
+# -- the choice between the sources ------------------------------------------------------------
+
+FLAT = np.full(30, 0.02)  # seconds to verify with 0, 1, ... draft tokens
+STEEP = np.concatenate((np.full(7, 0.02), 0.02 + 0.02 * np.arange(1, 24)))  # dear from the 7th on
+
+
+def is_better(
+    lookup: list[list[float]],
+    model: list[list[float]],
+    verify_s: NDArray[np.float64],
+    **costs: float,
+) -> list[bool]:
+    proposals = Proposals(np.array(lookup), np.array(model), np.ones(len(lookup)))
+    better = proposals.lookup_is_better(float(len(lookup)), verify_s, costs.get("forward_s", 0.0))
+    return list(better.tolist())
+
+
+def test_of_two_that_promise_the_same_the_one_without_forwards_is_better() -> None:
+    same = [[0.9, 0.8]]
+    assert is_better(same, same, FLAT, forward_s=0.0) == [False]
+    assert is_better(same, same, FLAT, forward_s=0.001) == [True]
+
+
+def test_a_long_lookup_beats_a_short_sure_draft_only_where_its_tokens_are_not_too_dear() -> None:
+    long, sure = [[0.7] * 16], [[0.95] * 6]
+    assert is_better(long, sure, FLAT) == [True]
+    assert is_better(long, sure, STEEP) == [False]
+
+
+def test_each_row_has_a_source_of_its_own() -> None:
+    lookup, model = [[0.9] * 4, [0.1] * 4, [0.0] * 4], [[0.5] * 4, [0.5] * 4, [0.5] * 4]
+    assert is_better(lookup, model, FLAT) == [True, False, False]

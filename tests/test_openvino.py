@@ -6,9 +6,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from specserve.config import Config
 from specserve.engines import describe
@@ -16,7 +18,9 @@ from specserve.engines.paged_model import FlatBatch, Span
 from specserve.text import load_tokenizer
 
 pytestmark = pytest.mark.openvino
-pytest.importorskip("openvino")
+ov = pytest.importorskip("openvino")
+ops = pytest.importorskip("openvino.opset13")
+openvino = pytest.importorskip("specserve.engines.openvino")
 
 
 @pytest.mark.parametrize(
@@ -60,6 +64,55 @@ def test_a_copy_of_the_weights_changes_no_answer(demo_engines: Path, first: int)
             start += length
         answers.append(np.concatenate(logits))
     np.testing.assert_allclose(answers[0], answers[1], atol=1e-3)
+
+
+def test_logits_of_some_tokens_are_those_of_all(demo_engines: Path) -> None:
+    """The others end at the last attention; what later passes read of them is there."""
+    from specserve.engines.openvino import OpenVINOModel
+
+    def logits(rows_of: list[list[int]]) -> list[NDArray[np.float32]]:
+        model = OpenVINOModel(demo_engines / "target", num_blocks=4)
+        answers = []
+        for i, rows in enumerate(rows_of):
+            spans = [Span(list(range(7, 27)), 20 * i, [2, 0]), Span([9, 8, 7], 3 * i, [1])]
+            answers.append(model.forward(FlatBatch.pack(spans), np.array(rows, dtype=int)).copy())
+        return answers
+
+    everything = list(range(23))
+    full = logits([everything, everything])
+    some = logits([[], [3, 19, 22]])
+    assert some[0].shape == (0, full[0].shape[1])
+    np.testing.assert_allclose(some[1], full[1][[3, 19, 22]], atol=1e-4)
+
+
+def graph(*, has_more: bool) -> Any:
+    """Make attention (a sigmoid), a residual, a product, and perhaps what else knows tokens."""
+    tokens, extra = (ops.parameter([-1, 4], np.float32) for _ in range(2))
+    tokens.output(0).set_names({"tokens"})
+    extra.output(0).set_names({"extra"})
+    weight = ops.constant(np.eye(4, dtype=np.float32))
+    added = ops.add(tokens, ops.matmul(ops.sigmoid(tokens), weight, False, False))
+    head = ops.matmul(ops.multiply(added, extra) if has_more else added, weight, False, False)
+    head.output(0).set_names({"logits"})
+    return ov.Model([head], [tokens, extra] if has_more else [tokens])
+
+
+@pytest.mark.parametrize(("has_more", "num_gathers"), [(False, 2), (True, 1)])
+def test_what_nobody_asks_for_is_not_computed_where_that_is_sure(
+    monkeypatch: pytest.MonkeyPatch, has_more: bool, num_gathers: int
+) -> None:
+    monkeypatch.setattr(openvino, "ATTENTION", "Sigmoid")
+    model = graph(has_more=has_more)
+    openvino._compute_only(model, "logit_rows")
+    names = [node.get_type_name() for node in model.get_ordered_ops()]
+    assert names.count("Gather") == num_gathers
+    rng = np.random.default_rng(0)
+    inputs = {p.get_any_name(): rng.random((5, 4), dtype=np.float32) for p in model.inputs[:-1]}
+    x, extra = inputs["tokens"], inputs.get("extra", 1.0)
+    rows = np.array([4, 1])
+    compiled = openvino.core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    result = compiled({**inputs, "logit_rows": rows})[0]
+    np.testing.assert_allclose(result, ((x + 1 / (1 + np.exp(-x))) * extra)[rows], rtol=1e-5)
 
 
 def test_a_signal_after_two_engines_have_gone_ends_nothing(demo_engines: Path) -> None:

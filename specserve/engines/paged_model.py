@@ -56,6 +56,19 @@ class FlatBatch:
             max_context_len=int((starts + lengths).max()),
         )
 
+    def padded(self, count: int, block_id: int) -> "FlatBatch":
+        """Add a sequence of so many tokens, in a block that nobody else has and that holds them."""
+        zeros = np.zeros(count, dtype=np.int64)
+        return FlatBatch(
+            token_ids=np.concatenate((self.token_ids, zeros)),
+            positions=np.concatenate((self.positions, np.arange(count))),
+            starts=np.append(self.starts, np.int32(0)),
+            begins=np.append(self.begins, np.int32(len(self.token_ids) + count)),
+            block_ids=np.append(self.block_ids, np.int32(block_id)),
+            block_begins=np.append(self.block_begins, np.int32(len(self.block_ids) + 1)),
+            max_context_len=max(self.max_context_len, count),
+        )
+
 
 class PagedModel(Protocol):
     """A decoder-only model with a paged KV cache of its own."""
