@@ -24,8 +24,8 @@ BLOCK_SIZE = 32  # what the CPU kernels of paged attention are written for
 # Kernels that OpenVINO keeps, by shape. Its own limit of 5000 lets hundreds of MiB fill in an hour
 # of steps of all sizes, and is no faster.
 NUM_KEPT_KERNELS = 500
-# A pass of up to so many tokens waits for the weights and takes as long as one of a single token; but
-# after one of another size it prepares its hundred products again, 2 ms of 24 on a target of 0.4 G.
+# A pass of up to so many tokens waits for the weights and takes as long as one of a single token.
+# After one of another size it prepares its products again, 2 ms of 21 on a target of 0.4 G.
 NUM_FREE_TOKENS = {"bf16": 6, "f32": 4}
 
 
