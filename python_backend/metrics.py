@@ -11,9 +11,9 @@ from specserve.engines.triton import TritonDraftEngine, TritonTargetEngine
 from specserve.stats import Outcomes, least_slack_s
 
 PUBLISH_S = 0.2
-# While there is work: each value that changes is a message to the server's process and back, some
-# hundred of them a time, on the cores that an engine may have.
-BUSY_PUBLISH_S = 1.0
+# Of what only adds up, while there is work: each value that changes is a message to the server's
+# process and back, some hundred of them a time, on the cores that an engine may have.
+ADD_UP_S = 1.0
 
 COUNTERS = {
     "specserve_requests_total": "Requests ended, by outcome and priority class",
@@ -77,7 +77,7 @@ class Sample(NamedTuple):
 
 
 class Metrics:
-    """Publishes a core's totals, every `BUSY_PUBLISH_S` seconds, and as soon as all is done."""
+    """Publishes how a core is every `PUBLISH_S` seconds, and what it has done less often."""
 
     def __init__(
         self,
@@ -88,7 +88,8 @@ class Metrics:
     ) -> None:
         self._core, self._draft, self._target = core, draft, target
         self._outcomes = outcomes
-        self._published_s = 0.0
+        self._next_s = 0.0
+        self._next_totals_s = 0.0
         self._last: dict[Sample, float] = {}
         self._families = {
             name: pb_utils.MetricFamily(name=name, description=text, kind=kind)
@@ -105,17 +106,19 @@ class Metrics:
         )
 
     def publish(self) -> None:
-        """Send what has changed."""
+        """Send what has changed; all of it, once nothing is left to do."""
         now = time.monotonic()
-        every_s = BUSY_PUBLISH_S if self._core.scheduler.has_work else PUBLISH_S
-        if now < self._published_s + every_s:
+        if now < self._next_s:
             return
-        self._published_s = now
-        samples = list(self._samples())
+        self._next_s = now + PUBLISH_S
+        samples = [*self._state(), *self._requests()]
+        self._clear_slack(samples)
+        if now >= self._next_totals_s or not self._core.scheduler.has_work:
+            self._next_totals_s = now + ADD_UP_S
+            samples += [*self._totals(), *self._drafts(), *self._predictions(), *self._telemetry()]
+            self._observe_steps()
         for sample in samples:
             self._send(sample._replace(value=0.0), sample.value)
-        self._clear_slack(samples)
-        self._observe_steps()
 
     def _observe_steps(self) -> None:
         step_times = self._core.stats.step_times
@@ -146,12 +149,16 @@ class Metrics:
             if key.name == "specserve_slo_slack_seconds" and key not in present:
                 self._send(key, 0.0)
 
-    def _samples(self) -> Iterable[Sample]:
-        yield from self._totals()
-        yield from self._requests()
-        yield from self._drafts()
-        yield from self._predictions()
-        yield from self._telemetry()
+    def _state(self) -> Iterable[Sample]:
+        scheduler = self._core.scheduler
+        values = {
+            "specserve_requests_running": len(scheduler.running),
+            "specserve_requests_waiting": len(scheduler.waiting),
+            "specserve_kv_blocks_used": scheduler.blocks.num_used_blocks,
+            "specserve_kv_blocks_total": scheduler.blocks.num_blocks,
+            "specserve_draft_available": float(self._core.draft_engine.is_available),
+        }
+        return (Sample(name, value) for name, value in values.items())
 
     def _totals(self) -> Iterable[Sample]:
         stats, scheduler = self._core.stats, self._core.scheduler
@@ -169,11 +176,6 @@ class Metrics:
             "specserve_verify_call_seconds_total": stats.verify_s,
             "specserve_draft_engine_seconds_total": self._draft.engine_s,
             "specserve_verify_engine_seconds_total": self._target.engine_s,
-            "specserve_requests_running": len(scheduler.running),
-            "specserve_requests_waiting": len(scheduler.waiting),
-            "specserve_kv_blocks_used": scheduler.blocks.num_used_blocks,
-            "specserve_kv_blocks_total": scheduler.blocks.num_blocks,
-            "specserve_draft_available": float(self._core.draft_engine.is_available),
         }
         return (Sample(name, value) for name, value in values.items())
 

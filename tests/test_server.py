@@ -981,7 +981,7 @@ def test_grpc_status_of_a_bad_request_is_invalid_argument(
 def test_sigterm_lets_streams_finish_and_leaves_nothing(
     demo_engines: Path, reference: Reference, greedy: Greedy, protocol: str
 ) -> None:
-    max_tokens, half = 120, 3
+    max_tokens, half = 600, 3
     expected = reference.texts(greedy.prompts[: 2 * half], max_tokens)
     requests = greedy.requests(2 * half, max_tokens=max_tokens)
     with (
