@@ -85,6 +85,26 @@ def test_logits_of_some_tokens_are_those_of_all(demo_engines: Path) -> None:
     np.testing.assert_allclose(some[1], full[1][[3, 19, 22]], atol=1e-4)
 
 
+def test_a_small_pass_in_the_shape_of_the_last_one_gives_the_same_answers(
+    demo_engines: Path,
+) -> None:
+    from specserve.engines.openvino import OpenVINOModel
+
+    folder, num_blocks = demo_engines / "target", 4
+    padded = OpenVINOModel(folder, num_blocks=num_blocks, num_free_tokens=6)
+    exact = OpenVINOModel(folder, num_blocks=num_blocks)
+    start, sizes = 0, []
+    for length in (40, 3, 6, 2, 5, 1, 7, 1):
+        span = Span([7 + start + i for i in range(length)], start, [3, 0, 1])
+        batch, rows = FlatBatch.pack([span]), np.arange(length)
+        np.testing.assert_allclose(
+            padded.forward(batch, rows), exact.forward(batch, rows), atol=1e-3
+        )
+        sizes.append(padded._small.get_tensor("input_ids").shape[0])
+        start += length
+    assert sizes == [40, 3, 6, 6, 6, 6, 7, 1]
+
+
 def graph(*, has_more: bool) -> Any:
     """Make attention (a sigmoid), a residual, a product, and perhaps what else knows tokens."""
     tokens, extra = (ops.parameter([-1, 4], np.float32) for _ in range(2))

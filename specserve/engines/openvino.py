@@ -24,8 +24,9 @@ BLOCK_SIZE = 32  # what the CPU kernels of paged attention are written for
 # Kernels that OpenVINO keeps, by shape. Its own limit of 5000 lets hundreds of MiB fill in an hour
 # of steps of all sizes, and is no faster.
 NUM_KEPT_KERNELS = 500
-# A pass of up to so many tokens waits for the weights and takes as long as one of a single token.
-# After one of another size it prepares its products again, 2 ms of 21 on a target of 0.4 G.
+# A target's pass of up to so many tokens waits for the weights and takes as long as one of a single
+# token. After one of another size it prepares its products again, 2 ms of 21 at 0.4 G parameters.
+# (A draft model is in the caches: its forwards of one token are shorter than of more.)
 NUM_FREE_TOKENS = {"bf16": 6, "f32": 4}
 
 
@@ -36,7 +37,8 @@ def make_draft(config: Config) -> ModelDraftEngine:
 
 def make_target(config: Config) -> ModelTargetEngine:
     """Load `target/` of the pair."""
-    return ModelTargetEngine(_load(config, "target"))
+    num_free_tokens = NUM_FREE_TOKENS.get(config.engine.precision, 0)
+    return ModelTargetEngine(_load(config, "target", num_free_tokens))
 
 
 @cache
@@ -59,7 +61,7 @@ def supported_precisions() -> list[str]:
     return ["f32", *(["bf16"] if "BF16" in can else [])]
 
 
-def _load(config: Config, role: str) -> "OpenVINOModel":
+def _load(config: Config, role: str, num_free_tokens: int = 0) -> "OpenVINOModel":
     info = describe(config)
     precisions = supported_precisions()
     if config.engine.precision not in precisions:
@@ -80,6 +82,7 @@ def _load(config: Config, role: str) -> "OpenVINOModel":
         precision=config.engine.precision,
         num_threads=config.engine.num_threads,
         unpacked_from=config.engine.unpacked_from,
+        num_free_tokens=num_free_tokens,
     )
 
 
@@ -95,6 +98,7 @@ class OpenVINOModel:
         precision: of arithmetic and KV cache.
         num_threads: 0 takes all cores.
         unpacked_from: tokens of a pass from which on it uses the copy; 0 keeps none.
+        num_free_tokens: up to so many, a pass is padded to the size of the last one.
     """
 
     def __init__(
@@ -105,6 +109,7 @@ class OpenVINOModel:
         precision: str = "f32",
         num_threads: int = 0,
         unpacked_from: int = 0,
+        num_free_tokens: int = 0,
     ) -> None:
         info = manifest.load(engine_dir)
         self.vocab_size = info.vocab_size
@@ -117,7 +122,7 @@ class OpenVINOModel:
         }
         self._small = self._large = _request(_read(engine_dir), properties)
         self._unpacked_from = unpacked_from
-        self._num_free_tokens = NUM_FREE_TOKENS[precision]
+        self._num_free_tokens = num_free_tokens
         self._scratch_block = num_blocks
         self._num_tokens = 0
         if unpacked_from and precision == "f32" != info.precision:
