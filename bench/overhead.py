@@ -87,9 +87,7 @@ async def _measure(server: Served, num_streams: int, options: argparse.Namespace
         async def run(seconds: float) -> None:
             until = time.perf_counter() + seconds
             await asyncio.gather(*(one_client(i, until) for i in range(num_streams)))
-            await asyncio.sleep(
-                0.5
-            )  # the metrics are published a fifth of a second after the last step
+            await asyncio.sleep(0.5)  # the metrics follow the last step within a fifth of a second
 
         await run(options.seconds / 6)  # warm-up
         before = await asyncio.to_thread(server.metrics)

@@ -186,7 +186,8 @@ class Metrics:
             yield Sample("specserve_requests_total", count, labels)
         yield from _by("specserve_slo_attained_total", "class", outcomes.attained)
         yield from _by("specserve_slo_missed_total", "class", outcomes.missed)
-        slack_s = least_slack_s(core.scheduler.requests, outcomes, core.clock())
+        slack_s = dict.fromkeys([*outcomes.attained, *outcomes.missed], 0.0)  # nothing presses now
+        slack_s |= least_slack_s(core.scheduler.requests, outcomes, core.clock())
         yield from _by("specserve_slo_slack_seconds", "class", slack_s)
 
     def _drafts(self) -> Iterable[Sample]:

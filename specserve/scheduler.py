@@ -59,6 +59,10 @@ class Scheduler:
         for name in ("max_num_seqs", "prefill_chunk_tokens"):
             if getattr(config, name) < 1:
                 raise ValueError(f"scheduler.{name} is {getattr(config, name)}: must be at least 1")
+        caps = {"max_draft_tokens": max_draft_tokens, "max_lookup_tokens": max_lookup_tokens}
+        for name, cap in caps.items():
+            if cap < 0:
+                raise ValueError(f"policy.{name} is {cap}: must be at least 0, which is no draft")
         if config.max_num_batched_tokens < config.max_num_seqs:
             raise ValueError(
                 f"scheduler.max_num_batched_tokens is {config.max_num_batched_tokens}: must be at "

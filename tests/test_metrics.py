@@ -47,7 +47,7 @@ def test_page_has_every_metric_with_its_kind_and_help() -> None:
 def test_labels_are_those_of_the_page_and_steps_are_in_the_histograms(endpoint: Endpoint) -> None:
     tensors = {"text_input": "import os", "max_tokens": 40, "slo_tpot_ms": 1e6}
     assert generate(endpoint.server, "ensemble", **tensors)[0] == 200
-    time.sleep(0.5)  # they are published a fifth of a second after the last step
+    time.sleep(0.5)  # they follow the last step within a fifth of a second
     url = f"http://127.0.0.1:{endpoint.server.metrics_port}/metrics"
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     text = opener.open(url, timeout=10).read().decode()

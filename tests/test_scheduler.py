@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from paged_lm import PagedLM, plain_decode
 
 from specserve.batch import Batch, Draft, Verified
-from specserve.config import PolicyConfig
+from specserve.block_manager import BlockManager
+from specserve.config import PolicyConfig, SchedulerConfig
+from specserve.policies.fixed import FixedPolicy
 from specserve.request import SLO, FinishReason, Request
 from specserve.scheduler import Scheduler, StepOutput
 
@@ -205,6 +207,12 @@ def test_request_that_never_fits_the_cache_is_refused_with_value_limit_and_fix()
 def test_a_token_budget_below_one_for_each_row_is_refused() -> None:
     with pytest.raises(ValueError, match=r"max_num_batched_tokens is 3.*max_num_seqs \(4\)"):
         make_scheduler(max_num_seqs=4, max_num_batched_tokens=3)
+
+
+@pytest.mark.parametrize("name", ["max_draft_tokens", "max_lookup_tokens"])
+def test_a_negative_cap_of_drafts_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"policy\.{name} is -1: must be at least 0"):
+        Scheduler(SchedulerConfig(), BlockManager(8, 4), FixedPolicy(0), **{name: -1})
 
 
 @pytest.mark.parametrize("name", ["max_num_seqs", "prefill_chunk_tokens"])

@@ -489,7 +489,7 @@ def test_perf_metrics(server: Served, model: str) -> None:
 
 
 def test_metrics_tell_outcomes_attainment_and_why(server: Served) -> None:
-    time.sleep(0.5)  # they are published a fifth of a second after the last step
+    time.sleep(0.5)  # they follow the last step within a fifth of a second
     before = server.metrics()
     generate(server, "ensemble", text_input=CODE, max_tokens=30, slo_tpot_ms=1e6)
     generate(server, "ensemble", text_input=CODE, max_tokens=30, slo_tpot_ms=1e-3)
