@@ -20,7 +20,7 @@ from specserve.stats import Outcomes
 logger = logging.getLogger(__name__)
 
 MAX_ID = 64
-POLL_S = 0.05
+POLL_S = 0.05  # how often, at most, each client is asked whether it has gone; a step is some 30 ms
 # Of the time, spent on asking: it wakes two processes. Beside an engine that has all cores, asking
 # each of 16 clients every 10 ms took a tenth of the throughput.
 POLL_SHARE = 0.05
