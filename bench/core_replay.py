@@ -14,6 +14,7 @@ from bench.workloads.plan import PlannedRequest
 from specserve.admission import Rejected
 from specserve.core import SpecServe
 from specserve.request import FinishReason, Request
+from specserve.scheduler import StepOutput
 
 FIRST_KEY = 1
 COMPLETE = (FinishReason.LENGTH, FinishReason.END_ID)
@@ -48,6 +49,7 @@ def replay(
     draft_source: str,
     start_s: float | None = None,
     first_key: int = FIRST_KEY,
+    host_s: float = 0.0,
 ) -> list[Outcome]:
     """Submit requests when they arrive, step until all have ended, note when tokens came.
 
@@ -56,6 +58,7 @@ def replay(
         draft_source: of all of them, see `specserve.batch.Row`.
         start_s: the start of the window on the clock; None is now.
         first_key: of the requests; simulated texts go by keys, so every policy gets the same.
+        host_s: what a step takes beside the engines, on a clock that does not see it.
     """
     start_s = clock() if start_s is None else start_s
     outcomes = {key: Outcome(r, r.arrival_s) for key, r in enumerate(requests, first_key)}
@@ -69,12 +72,13 @@ def replay(
             key, outcome = waiting.popleft()
             _submit(core, _request(key, outcome.request, start_s, draft_source), outcome)
         if scheduler.has_work:
-            _step(core, outcomes, clock, start_s)
+            outputs = core.step()
+            if host_s:
+                clock.advance(host_s)
+            _note(outputs, outcomes, clock() - start_s)
         elif waiting:
             clock.advance(max(0.0, start_s + waiting[0][1].request.arrival_s - clock()))
-    keys = scheduler.take_released()
-    for owner in (core.draft_engine, core.target_engine, core.policy):
-        owner.release(keys)
+    core.release_ended()
     return [*outcomes.values()]
 
 
@@ -99,10 +103,10 @@ def _submit(core: SpecServe, request: Request, outcome: Outcome) -> None:
         outcome.error = str(refusal)
 
 
-def _step(core: SpecServe, outcomes: dict[int, Outcome], clock: Clock, start_s: float) -> None:
-    for output in core.step():
+def _note(outputs: Sequence[StepOutput], outcomes: dict[int, Outcome], now_s: float) -> None:
+    for output in outputs:
         outcome = outcomes[output.request.key]
-        outcome.response_s.append(clock() - start_s)
+        outcome.response_s.append(now_s)
         outcome.num_output_tokens += len(output.token_ids)
         if output.finish_reason in COMPLETE:
             outcome.ending = FINISHED

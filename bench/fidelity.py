@@ -3,8 +3,9 @@
 Method: one window of a trace is replayed by a server core on the real engines, and again, with the
 same profile, plan and policy, on the simulated engine. What that accepts was recorded before, along
 the target's own continuations of these very prompts. A machine shared with others is faster or
-slower by the minute, so the profile is also replayed at the speed that the machine had in the run:
-all of it times one number, verification time measured over predicted.
+slower by the minute, so the profile is also replayed at the speed that the machine had around that
+moment of the run: every call times one number, verification time measured over predicted, of short
+passes for short calls and of long ones for long.
 Reported: that number; simulated over real TTFT and TPOT, at the machine's speed (aim: within 10 %)
 and as the profile was measured; and how far the controller's own predictions were off, over the
 real run's steps. `--figure` draws these steps, a panel for each
@@ -17,10 +18,10 @@ import argparse
 import time
 from bisect import bisect
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from matplotlib import rc_context
 from rich.console import Console
 from rich.table import Table
@@ -40,10 +41,11 @@ from bench.workloads.catalogue import find_trace
 from bench.workloads.plan import Lengths, Plan, Planner
 from bench.workloads.prompts import standard_library
 from specserve import engines
+from specserve.assemble import profiled
 from specserve.batch import Batch, Verified
 from specserve.config import PolicyConfig, load_config
 from specserve.engines.simulated import RecordedAcceptance, target_pass_s
-from specserve.predictor.measure import Effort, measure
+from specserve.predictor.measure import Effort
 from specserve.predictor.step_time import StepTimeModel
 from specserve.predictor.store import fingerprint
 from specserve.text import load_tokenizer
@@ -51,6 +53,7 @@ from specserve.text import load_tokenizer
 LENGTH_SCALE, PROMPT_SCALE = 0.5, 0.0625  # of the trace's, as `specserve bench` has them
 MAX_DRAFT_TOKENS = PolicyConfig().max_draft_tokens
 AIM = 0.1
+LONG = 1.5  # times a verification of one token, which waits for nothing but weights
 
 
 class Result(NamedTuple):
@@ -145,36 +148,48 @@ def _parse() -> argparse.Namespace:
 
 
 class Slowness:
-    """How many times as long as predicted the verifications of a run took, and when."""
+    """How many times as long as predicted the verifications of a run took, and when.
+
+    Short ones wait for memory and long ones for arithmetic; neighbours take either.
+
+    Args:
+        long_s: the shortest prediction of a long one.
+    """
 
     WITHIN_S = 5.0
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, long_s: float, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._long_s = long_s
         self._clock = clock
         self._started_s = clock()
-        self._ends_s: list[float] = []
-        self._totals_s = [(0.0, 0.0)]  # measured and predicted, up to each
+        self._calls: dict[bool, list[tuple[float, float, float]]] = {False: [], True: []}
 
     def add(self, measured_s: float, predicted_s: float) -> None:
         """Note one that ends now."""
-        measured_before_s, predicted_before_s = self._totals_s[-1]
-        self._ends_s.append(self._clock() - self._started_s)
-        self._totals_s.append((measured_before_s + measured_s, predicted_before_s + predicted_s))
+        call = self._clock() - self._started_s, measured_s, predicted_s
+        self._calls[predicted_s >= self._long_s].append(call)
 
     @property
     def mean(self) -> float:
         """The whole run's."""
-        measured_s, predicted_s = self._totals_s[-1]
-        return measured_s / predicted_s
+        return _ratio([*self._calls[False], *self._calls[True]])
 
-    def at(self, elapsed_s: float) -> float:
-        """Return that of some seconds around a moment of the run; without any, the mean."""
-        first = bisect(self._ends_s, elapsed_s - self.WITHIN_S)
-        last = bisect(self._ends_s, elapsed_s + self.WITHIN_S)
-        if first == last:
-            return self.mean
-        measured_s, predicted_s = np.subtract(self._totals_s[last], self._totals_s[first])
-        return float(measured_s / predicted_s)
+    def at(self, elapsed_s: float, seconds: float) -> float:
+        """Return that of such calls in some seconds around a moment; of all, if there are none.
+
+        Args:
+            seconds: predicted for the call in question.
+        """
+        calls = self._calls[seconds >= self._long_s]
+        first = bisect(calls, elapsed_s - self.WITHIN_S, key=itemgetter(0))
+        last = bisect(calls, elapsed_s + self.WITHIN_S, key=itemgetter(0))
+        near = calls[first:last] or calls
+        return _ratio(near) if near else self.mean
+
+
+def _ratio(calls: Sequence[tuple[float, float, float]]) -> float:
+    _, measured_s, predicted_s = map(sum, zip(*calls, strict=True))
+    return measured_s / predicted_s
 
 
 class _Device:
@@ -184,16 +199,17 @@ class _Device:
         config = load_config(None, overrides)
         info = engines.describe(config)
         draft, self._target = engines.make_draft_engine(config), engines.make_target_engine(config)
-        self.profile = measure(draft, self._target, info, fingerprint(config), Effort())
+        self.profile = profiled(config, info, draft, self._target, fingerprint(config), Effort())
         self._step_time = StepTimeModel(self.profile)
-        self.slowness = Slowness()
+        self._long_s = LONG * self._step_time.verify_s(1, 0)
+        self.slowness = Slowness(self._long_s)
         self.release = self._target.release
         device = Device(draft, self, WallClock())
         self._in_process = InProcess(overrides, info, self.profile, lambda _: device)
 
     def run(self, overrides: Sequence[str], warm_up: Plan, plan: Plan) -> Run:
         """Replay a window, and note how slow the engines are."""
-        self.slowness = Slowness()
+        self.slowness = Slowness(self._long_s)
         return self._in_process.run(overrides, warm_up, plan)
 
     def verify(self, batch: Batch, chosen: Sequence[Sequence[int]]) -> list[Verified]:

@@ -13,7 +13,7 @@ from bench.outcome import Run
 from bench.step_recorder import StepRecorder
 from bench.workloads.plan import Plan
 from specserve import engines
-from specserve.assemble import assemble
+from specserve.assemble import assemble, profiled
 from specserve.config import Config, load_config
 from specserve.core import SpecServe
 from specserve.engines import DraftEngine, EngineInfo, TargetEngine
@@ -25,7 +25,6 @@ from specserve.engines.simulated import (
 )
 from specserve.pacing import Pacer
 from specserve.policies import make_policy, needs_profile
-from specserve.predictor.measure import measure
 from specserve.predictor.profile import Profile
 from specserve.predictor.step_time import StepTimeModel
 from specserve.predictor.store import load_or_measure
@@ -36,11 +35,16 @@ SIMULATED_VOCAB_SIZE = 4096
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A pair of engines and the clock they run by."""
+    """A pair of engines and the clock they run by.
+
+    Attributes:
+        host_s: what a step takes beside them, of which the clock knows nothing.
+    """
 
     draft: DraftEngine
     target: TargetEngine
     clock: Clock
+    host_s: float = 0.0
 
 
 class InProcess:
@@ -71,9 +75,12 @@ class InProcess:
         core, recorder = self._core(config, device)
         source = config.policy.draft_source
         if warm_up is not None:
-            replay(core, warm_up.requests, device.clock, source, first_key=WARM_UP_KEY)
+            replay(
+                core, warm_up.requests, device.clock, source,
+                first_key=WARM_UP_KEY, host_s=device.host_s,
+            )  # fmt: skip
         start_s = recorder.restart()
-        outcomes = replay(core, plan.requests, device.clock, source, start_s)
+        outcomes = replay(core, plan.requests, device.clock, source, start_s, host_s=device.host_s)
         return Run(outcomes, recorder.steps)
 
     def _core(self, config: Config, device: Device) -> tuple[SpecServe, StepRecorder]:
@@ -97,7 +104,7 @@ def on_engines(overrides: Sequence[str]) -> InProcess:
     config = load_config(None, overrides)
     info = engines.describe(config)
     draft, target = engines.make_draft_engine(config), engines.make_target_engine(config)
-    profile = load_or_measure(config, lambda marks: measure(draft, target, info, marks))
+    profile = load_or_measure(config, lambda marks: profiled(config, info, draft, target, marks))
     device = Device(draft, target, WallClock())
     return InProcess(overrides, info, profile, lambda _: device)
 
@@ -110,30 +117,33 @@ def simulated(overrides: Sequence[str], profile_path: Path, recording: Path) -> 
     )
 
 
+Slowness = Callable[[float, float], float]  # of a moment and the profile's time of a call
+
+
 class _SlowedClock(VirtualClock):
     """Advances another clock by more than it is told."""
 
-    def __init__(self, clock: VirtualClock, slowness: Callable[[float], float]) -> None:
+    def __init__(self, clock: VirtualClock, slowness: Slowness) -> None:
         super().__init__()
         self._clock = clock
         self._slowness = slowness
 
     def advance(self, seconds: float) -> None:
         """Let as many times the seconds pass as the machine is slow now."""
-        self._clock.advance(seconds * self._slowness(self._clock()))
+        self._clock.advance(seconds * self._slowness(self._clock(), seconds))
 
 
 def on_profile(
     overrides: Sequence[str],
     profile: Profile,
     process_for: Callable[[int], AcceptanceProcess],
-    slowness: Callable[[float], float] | None = None,
+    slowness: Slowness | None = None,
 ) -> InProcess:
     """Simulate a pair on a profile; the overrides must leave drafting to the draft model.
 
     Args:
         process_for: makes what is accepted in a window from its seed.
-        slowness: by seconds since the start of a run, how many times the profile's time every call
+        slowness: by seconds since the start of a run, how many times the profile's time a call
             takes; None is a machine as fast as when it was profiled.
     """
     config = load_config(None, overrides)
@@ -143,7 +153,7 @@ def on_profile(
         clock = VirtualClock()
         engine_clock = _SlowedClock(clock, slowness) if slowness else clock
         pair = SimulatedPair(truth, engine_clock, process_for(seed))
-        return Device(pair, pair, clock)
+        return Device(pair, pair, clock, truth.host_s)
 
     return InProcess(overrides, simulated_info(config), profile, device_for)
 

@@ -44,7 +44,7 @@ from bench.precision import native_precision
 from bench.prompts import Asked, held_out_prompts, mixed_workload
 from bench.record import ROOT, emit, made_of
 from specserve import engines
-from specserve.assemble import assemble
+from specserve.assemble import assemble, profiled
 from specserve.block_manager import BlockManager
 from specserve.config import Config, SchedulerConfig, TelemetryConfig, load_config
 from specserve.engines import DraftEngine, EngineInfo, TargetEngine
@@ -52,7 +52,6 @@ from specserve.engines.simulated import RecordedAcceptance, SimulatedPair, Virtu
 from specserve.pacing import Pacer
 from specserve.policies import Policy, make_policy, needs_profile
 from specserve.policies.specserve import SpecServePolicy
-from specserve.predictor.measure import measure
 from specserve.predictor.profile import Profile
 from specserve.predictor.step_time import StepTimeModel
 from specserve.predictor.store import load_or_measure
@@ -255,7 +254,7 @@ def _real(options: argparse.Namespace) -> Bench:
     draft, target = engines.make_draft_engine(config), engines.make_target_engine(config)
     telemetry = make_telemetry(config)
     profile = load_or_measure(
-        config, lambda marks: measure(draft, target, info, marks), telemetry.reading
+        config, lambda marks: profiled(config, info, draft, target, marks), telemetry.reading
     )
     tokenizer = load_tokenizer(Path(config.engine.dir) / "target")
     wanted = max(64, *(_num_requests(c, options) for c in options.concurrency))

@@ -6,17 +6,18 @@ from dataclasses import replace
 
 from specserve import engines
 from specserve.block_manager import BlockManager
-from specserve.config import Config
+from specserve.config import Config, PolicyConfig
 from specserve.core import SpecServe
 from specserve.engines import DraftEngine, EngineInfo, TargetEngine
 from specserve.engines.guarded import GuardedDraftEngine, Keeper
 from specserve.pacing import Pacer
 from specserve.policies import Policy, make_policy, needs_profile
 from specserve.policies.fixed import FixedPolicy
-from specserve.predictor.measure import measure
+from specserve.predictor.measure import QUICK, Effort, measure
 from specserve.predictor.profile import Profile
 from specserve.predictor.step_time import StepTimeModel
 from specserve.predictor.store import load_or_measure
+from specserve.rehearsal import host_s
 from specserve.scheduler import Scheduler
 from specserve.telemetry import make_telemetry
 
@@ -84,9 +85,29 @@ def prepare(core: SpecServe, config: Config, info: EngineInfo) -> None:
         return
 
     def measured(marks: dict[str, str]) -> Profile:
-        profile = measure(core.draft_engine.inner, core.target_engine, info, marks)
-        return replace(profile, clocks=core.telemetry.clocks)
+        pair = core.draft_engine.inner, core.target_engine
+        return replace(profiled(config, info, *pair, marks), clocks=core.telemetry.clocks)
 
     profile = load_or_measure(config, measured, core.telemetry.reading)
     step_time = StepTimeModel(profile, core.telemetry)
     core.use(make_policy(config.policy, step_time), Pacer(step_time))
+
+
+def profiled(
+    config: Config,
+    info: EngineInfo,
+    draft: DraftEngine,
+    target: TargetEngine,
+    marks: dict[str, str],
+    effort: Effort = QUICK,
+) -> Profile:
+    """Measure a pair that serves nobody, and what a core takes beside it.
+
+    Args:
+        marks: the profile's fingerprint.
+    """
+    profile = measure(draft, target, info, marks, effort)
+    quiet = replace(config, telemetry=replace(config.telemetry, source="none"))
+    policy = make_policy(PolicyConfig(), StepTimeModel(profile))
+    core = assemble(quiet, info=info, draft_engine=draft, target_engine=target, policy=policy)
+    return replace(profile, host_s=host_s(core, info.vocab_size))

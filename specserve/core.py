@@ -47,7 +47,7 @@ class SpecServe:
         if self.draft_engine.take_lost_kv():
             self.scheduler.forget_draft_kv()
         batch = self.scheduler.schedule(started)  # base tokens for every row; a draft plan
-        self._release()
+        self.release_ended()
         drafts, draft_s = self._timed(lambda: self._draft(batch))
         chosen = self._select(batch, drafts)  # which draft tokens the target will look at
         outputs, verify_s = self._timed(lambda: isolated.verify(self.target_engine, batch, chosen))
@@ -84,7 +84,8 @@ class SpecServe:
                 index = rows[request.key]
                 request.trace.append(trace_of(record, self.policy.decision, index, at_s))
 
-    def _release(self) -> None:
+    def release_ended(self) -> None:
+        """Let go of what is kept for requests that have ended."""
         keys = self.scheduler.take_released()
         if keys:
             self.draft_engine.release(keys)

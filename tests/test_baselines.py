@@ -39,6 +39,7 @@ from specserve.policies.baseline_rules import (
 from specserve.policies.smartspec import SmartSpecPolicy, expected_tokens
 from specserve.policies.threshold import ThresholdPolicy
 from specserve.predictor.acceptance import logit, sigmoid
+from specserve.predictor.prompts import Prompts
 from specserve.predictor.step_time import StepTimeModel
 from specserve.stop_rules import decode_rule, encode_rule
 
@@ -242,7 +243,7 @@ def test_a_step_is_priced_with_its_prompt_tokens_and_fixed_drafts() -> None:
     ]
     costs = StepCosts.of(table, rows, 8)
     # 5 + 3 + 1 + 1 + 1 base tokens and 4 fixed; 2 + 8 to decide on; 5 + 2 need no logits
-    assert table.asked == [(15, 10, 97, 7)]
+    assert table.asked == [(15, 10, 97, Prompts(7, 5 * 7 + 5 * 5 // 2 + 2))]
     assert costs.base_yield == 4.0
     assert costs.caps.tolist() == [0, 0, 2, 8, 0]
     assert costs.step_s(0) == D5(15)

@@ -12,16 +12,18 @@ from conftest import FakeClock, make_core, make_request, step_time
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specserve.assemble import assemble
+from specserve.assemble import assemble, profiled
 from specserve.batch import Batch, Draft, Row, StepRecord, Verified
 from specserve.config import PolicyConfig, SLOConfig, load_config
 from specserve.engines import EngineInfo
 from specserve.engines.simulated import RecordedAcceptance, SimulatedPair, VirtualClock
 from specserve.optimum import _choose_of_many, best_total, choose
 from specserve.policies import make_policy
+from specserve.policies.fixed import FixedPolicy
 from specserve.predictor.measure import QUICK, Effort, measure
 from specserve.predictor.profile import Profile
 from specserve.predictor.step_time import StepTimeModel
+from specserve.rehearsal import NUM_REQUESTS, host_s
 from specserve.request import SLO
 from specserve.sampling_params import SamplingParams
 
@@ -72,6 +74,55 @@ def test_a_change_of_shape_is_measured_apart(profile: Profile) -> None:
     for size in (1, 8, 64):
         truth = StepTimeModel(profile).verify_s(size, 512)
         assert StepTimeModel(found).verify_s(size, 512) == pytest.approx(truth, rel=0.1)
+
+
+def test_a_draft_forward_of_another_size_is_measured_apart(profile: Profile) -> None:
+    clock, info = VirtualClock(), EngineInfo(4096, 4096, num_blocks=512, block_size=32)
+    pair = SimulatedPair(StepTimeModel(replace(profile, draft_change_s=0.002)), clock, Coin())
+    found = measure(pair, pair, info, {}, Effort(), clock)
+    assert found.draft_change_s == pytest.approx(0.002)
+    for rows in ([1] * 8, [8] * 4):
+        truth = StepTimeModel(profile).draft_s(rows)
+        assert StepTimeModel(found).draft_s(rows) == pytest.approx(truth + 0.002, rel=0.1)
+
+
+def test_what_the_host_takes_of_a_step_is_its_median_beside_the_engines() -> None:
+    clock = VirtualClock()
+
+    class Pair(SimulatedPair):
+        def verify(self, batch: Batch, chosen: Sequence[Sequence[int]]) -> list[Verified]:
+            clock.advance(0.05)
+            return super().verify(batch, chosen)
+
+    class Pondering(FixedPolicy):
+        def select(self, batch: Batch, confidences: Sequence[Sequence[float]]) -> list[int]:
+            clock.advance(0.002)
+            return super().select(batch, confidences)
+
+    pair = Pair(step_time(), clock, Coin())
+    core = assemble(
+        load_config(None, ["telemetry.source=none"]),
+        info=EngineInfo(4096, 4096, num_blocks=64, block_size=32),
+        draft_engine=pair, target_engine=pair, policy=Pondering(2), clock=clock,
+    )  # fmt: skip
+    assert host_s(core, vocab_size=4096) == pytest.approx(0.002)
+    assert not core.scheduler.has_work
+
+
+def test_a_profile_counts_the_host_and_leaves_nothing_running() -> None:
+    clock, info = VirtualClock(), EngineInfo(4096, 4096, num_blocks=512, block_size=32)
+    released: list[int] = []
+
+    class Pair(SimulatedPair):
+        def release(self, keys: Sequence[int]) -> None:
+            released.extend(keys)
+
+    pair = Pair(step_time(), clock, Coin())
+    config = load_config(None, ["telemetry.source=none"])
+    found = profiled(config, info, pair, pair, {"device": "test"})
+    assert found.host_s > 0.0
+    assert found.fingerprint == {"device": "test"}
+    assert len([key for key in released if key > 0]) == 2 * NUM_REQUESTS, "both engines, each once"
 
 
 @pytest.mark.parametrize("num_blocks", [10, 16, 64, 96])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from specserve.batch import Row
 from specserve.optimum import best_total
 from specserve.predictor.acceptance import (
     NUM_JUDGE,
@@ -25,6 +27,7 @@ from specserve.predictor.acceptance import (
     sigmoid,
 )
 from specserve.predictor.profile import DraftSample, Profile, VerifySample
+from specserve.predictor.prompts import NO_PROMPTS, Prompts, PromptTime
 from specserve.predictor.roofline import Roofline
 from specserve.predictor.step_time import Correction, StepTimeModel, lower_envelope
 from specserve.telemetry.state import DeviceState, ScriptedTelemetry
@@ -114,8 +117,9 @@ def test_a_scale_of_nothing_is_refused(name: str) -> None:
 def test_prediction_meets_the_measurements() -> None:
     model = StepTimeModel(make_profile())
     for sample in model_samples():
-        prompt = sample.num_tokens - sample.num_logit_rows
-        predicted = model.verify_s(sample.num_tokens, sample.context_tokens, prompt)
+        num_prompt = sample.num_tokens - sample.num_logit_rows
+        prompts = Prompts.chunk(num_prompt, sample.context_tokens)
+        predicted = model.verify_s(sample.num_tokens, sample.context_tokens, prompts)
         assert predicted == pytest.approx(sample.seconds, rel=0.06)
 
 
@@ -152,6 +156,61 @@ def test_draft_time_counts_forwards_rows_catch_up_and_context() -> None:
     assert model.draft_s([1], 101, 500) > model.draft_s([1], 1, 500) + 1e-3
 
 
+def test_every_draft_forward_of_another_size_pays_for_it() -> None:
+    model, changing = (
+        StepTimeModel(replace(make_profile(), draft_change_s=s)) for s in (0.0, 0.002)
+    )
+    assert changing.draft_s([]) == 0.0
+    for last, rows, catch_up, num_changes in (
+        (4, [4, 4, 4], 4, 0),
+        (1, [4, 4, 4], 4, 1),
+        (4, [4, 4, 2, 1], 4, 2),
+        (4, [4, 4], 7, 2),  # the first forward has what the draft model has not seen yet
+    ):
+        changing.has_drafted(last)
+        more_s = changing.draft_s(rows, catch_up, 500) - model.draft_s(rows, catch_up, 500)
+        assert more_s == pytest.approx(0.002 * num_changes)
+    changing.observe_draft([4, 2], 0.01, 0.01)
+    assert changing.draft_s([2], 2) == pytest.approx(changing.draft_s([3], 2) - 0.002, abs=1e-4)
+
+
+# -- prompts -----------------------------------------------------------------------------------
+
+
+def test_prompts_of_a_batch_are_chunks_and_what_comes_before_a_first_token() -> None:
+    def row(num_computed: int, num_tokens: int, samples: bool) -> Row:
+        return Row(1, num_computed, [1] * num_tokens, samples, [])
+
+    assert Prompts.of([row(90, 1, samples=True)]) == NO_PROMPTS
+    rows = [row(90, 1, samples=True), row(10, 6, samples=False), row(0, 5, samples=True)]
+    assert Prompts.of(rows) == (6 + 4, 6 * 10 + 6 * 6 // 2 + 4 * 4 // 2)
+
+
+@pytest.mark.parametrize("truth", [PromptTime(4e-3, -2e-4, 3e-7), PromptTime(0.0, -1e-4, 0.0)])
+def test_what_prompts_take_is_found_in_exact_measurements(truth: PromptTime) -> None:
+    chunks = [Prompts.chunk(n, start) for n in (15, 64, 128, 250) for start in (32, 256)]
+    more = np.array([truth(chunk) for chunk in chunks])
+    found = PromptTime.fit(chunks, more, np.full(len(chunks), 0.1))
+    for chunk in (*chunks, Prompts.chunk(500, 100)):
+        assert found(chunk) == pytest.approx(truth(chunk), abs=1e-6)
+    assert found(NO_PROMPTS) == 0.0
+
+
+def test_few_prompts_say_less() -> None:
+    full = np.array([0.1, 0.2])
+    two = PromptTime.fit([Prompts(32, 512), Prompts(128, 8192)], np.array([-0.003, -0.015]), full)
+    assert astuple(two) == pytest.approx((0.001, -0.000125, 0.0))
+    one = PromptTime.fit([Prompts(32, 512)], np.array([-0.0032]), full[:1])
+    assert astuple(one) == pytest.approx((0.0, -1e-4, 0.0))
+    assert PromptTime.fit([], np.empty(0), np.empty(0))(Prompts(32, 512)) == 0.0
+
+
+def test_pairs_that_seem_to_save_time_are_left_out() -> None:
+    chunks = [Prompts.chunk(n, start) for n in (16, 128, 256) for start in (0, 1000)]
+    falling = np.array([0.01 - 1e-7 * chunk.num_pairs for chunk in chunks])
+    assert PromptTime.fit(chunks, falling, np.full(len(chunks), 0.1)).pair == 0.0
+
+
 def test_a_slowed_engine_is_noticed() -> None:
     model = StepTimeModel(make_profile())
     before = model.verify_s(8, 100)
@@ -179,7 +238,7 @@ def test_no_time_at_all_says_nothing() -> None:
 
 
 def test_profile_loads_back_equal(tmp_path: Path) -> None:
-    profile = make_profile()
+    profile = replace(make_profile(), change_s=0.003, draft_change_s=0.0004, host_s=0.0007)
     profile.save(tmp_path / "deep" / "profile.json")
     assert Profile.load(tmp_path / "deep" / "profile.json") == profile
 

@@ -86,7 +86,8 @@ def make_runner(
     def device_for(seed: int) -> Device:
         clock = VirtualClock()
         pair = SimulatedPair(truth, clock, acceptance(seed))
-        return Device(pair, TargetWithOverhead(pair, clock, overhead_s), clock)
+        target = TargetWithOverhead(pair, clock, overhead_s)
+        return Device(pair, target, clock, truth.host_s)
 
     return InProcess(overrides, simulated_info(config), profile, device_for)
 

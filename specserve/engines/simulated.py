@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specserve.batch import Batch, Draft, Row, Verified
+from specserve.predictor.prompts import Prompts
 from specserve.predictor.step_time import StepTimeModel
 
 
@@ -121,6 +122,7 @@ class SimulatedPair:
             count = int(lengths[i])
             drafts[i] = Draft([0] * count, proposed[i, :count].tolist())
         self.clock.advance(self.truth.draft_s(rows_of_forwards, catch_up))
+        self.truth.has_drafted(rows_of_forwards[-1])
         return drafts
 
     def verify(self, batch: Batch, chosen: Sequence[Sequence[int]]) -> list[Verified]:
@@ -147,10 +149,11 @@ def target_pass_s(truth: StepTimeModel, batch: Batch, chosen: Sequence[Sequence[
     """Return the seconds of a verification, after the one that was asked for last."""
     num_tokens = batch.num_base_tokens + sum(len(draft) for draft in chosen)
     context = sum(row.num_computed_tokens for row in batch.rows)
-    prompt = sum(len(row.token_ids) - row.samples for row in batch.rows)
-    seconds = truth.verify_s(num_tokens, context, prompt) + truth.change_curve(num_tokens)[0]
+    prompts = Prompts.of(batch.rows)
+    seconds = truth.verify_s(num_tokens, context, prompts)
+    change_s = truth.change_curve(num_tokens, 0, prompts)[0]
     truth.has_verified(num_tokens)
-    return float(seconds)
+    return seconds + float(change_s)
 
 
 def _place(row: Row) -> tuple[int, int]:

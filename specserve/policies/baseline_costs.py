@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specserve.batch import Row
+from specserve.predictor.prompts import Prompts
 from specserve.predictor.step_time import StepTimeModel
 
 Floats = NDArray[np.float64]
@@ -58,7 +59,7 @@ class StepCosts:
                 sum(len(row.token_ids) for row in rows) + fixed,
                 int(caps.sum()) + sum(len(lookup.token_ids) for lookup in lookups),
                 sum(row.num_computed_tokens for row in rows),
-                sum(len(row.token_ids) - row.samples for row in rows),
+                Prompts.of(rows),
             ),
             forward_s=forward_s,
             call_s=first_s - float(forward_s[-1]),

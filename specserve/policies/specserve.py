@@ -12,6 +12,7 @@ from specserve.optimum import choose
 from specserve.policies import needed
 from specserve.policies.owed import deficits, worths
 from specserve.policies.source_choice import Proposals, scouted_survivals
+from specserve.predictor.prompts import Prompts
 from specserve.predictor.sources import Acceptances
 from specserve.predictor.step_time import StepTimeModel
 from specserve.stop_rules import ValueRule
@@ -117,14 +118,15 @@ class SpecServePolicy:
     def _look(self, rows: Sequence[Row], num_draft_tokens: int) -> _Step:
         num_tokens = sum([len(row.token_ids) for row in rows])
         samples = [row.samples for row in rows]
-        prompt = num_tokens - sum(samples)
+        prompts = Prompts.of(rows)
         context = sum([row.num_computed_tokens for row in rows])
-        change = self.step_time.change_curve(num_tokens, num_draft_tokens)
-        curve = self.step_time.verify_curve(num_tokens, num_draft_tokens, context, prompt)
-        verify = priced = curve + change
-        if prompt:
-            plain_s = self.step_time.verify_s(max(1, num_tokens - prompt), context)
-            priced = verify - max(0.0, float(curve[0]) - plain_s)
+        change = self.step_time.change_curve(num_tokens, num_draft_tokens, prompts)
+        curve = self.step_time.verify_curve(num_tokens, num_draft_tokens, context, prompts)
+        verify = curve + change
+        priced = verify + self.step_time.host_s
+        if prompts.num_tokens:
+            plain_s = self.step_time.verify_s(max(1, sum(samples)), context)
+            priced = priced - max(0.0, float(curve[0]) - plain_s)
         deficit = deficits(rows, float(verify[0]))
         weight = worths(deficit)
         base_yield = float(weight @ samples)
@@ -157,11 +159,11 @@ class SpecServePolicy:
         return float(self.step_time.forward_curve(num_drafting)[-1]) / max(1, num_drafting)
 
     def _rule(self, rows: Sequence[Row], step: _Step, caps: Ints, gains: Floats) -> ValueRule:
-        num_drafting, context = int(np.count_nonzero(caps)), step.context
-        if num_drafting < len(rows):
-            context = sum(r.num_computed_tokens for r, n in zip(rows, caps, strict=True) if n)
-        forward_s = self.step_time.forward_curve(num_drafting, context)
-        first_s = self.step_time.draft_s([num_drafting], 0, context) if num_drafting else 0.0
+        drafting = [row for row, cap in zip(rows, caps.tolist(), strict=True) if cap]
+        context = sum([row.num_computed_tokens for row in drafting])
+        catch_up = sum([len(row.catch_up_token_ids) for row in drafting])
+        forward_s = self.step_time.forward_curve(len(drafting), context)
+        first_s = self.step_time.draft_s([len(drafting)] if drafting else [], catch_up, context)
         weight = step.weight
         if any(row.has_fixed_draft for row in rows):
             weight = np.where([row.has_fixed_draft for row in rows], np.inf, weight)
@@ -225,16 +227,17 @@ class SpecServePolicy:
             predicted_s = self._predict_counted(record, num_tokens)
         if num_tokens:
             self.step_time.observe_verify(num_tokens, predicted_s, record.verify_time_s)
-        num_rows = len(_drafted(record.batch.rows, [len(d.token_ids) for d in record.drafts]))
-        if num_rows:
-            self.step_time.observe_draft(num_rows, step.draft_s, record.draft_time_s)
+        forwards = _draft_call(record.batch.rows, [len(d.token_ids) for d in record.drafts])[0]
+        if forwards:
+            self.step_time.observe_draft(forwards, step.draft_s, record.draft_time_s)
 
     def _predict_counted(self, record: StepRecord, num_tokens: int) -> float:
         """Predict a verification of as many tokens as the target says that it has computed."""
         rows = record.batch.rows
         wanted = sum(row.samples for row in rows) + sum(map(len, record.chosen))
         context = sum(row.num_computed_tokens for row in rows)
-        return self.step_time.verify_s(max(1, num_tokens), context, max(0, num_tokens - wanted))
+        prompts = Prompts.of(rows)._replace(num_tokens=max(0, num_tokens - wanted))
+        return self.step_time.verify_s(max(1, num_tokens), context, prompts)
 
     @property
     def calibration_error(self) -> float | None:

@@ -11,22 +11,26 @@ import numpy as np
 from specserve.batch import Batch, Row
 from specserve.block_manager import BlockManager
 from specserve.engines import DraftEngine, EngineInfo, TargetEngine
+from specserve.predictor.acceptance import JUDGE_COEFFICIENTS, SCOUT_COEFFICIENTS
 from specserve.predictor.profile import DraftSample, Profile, VerifySample
+from specserve.stop_rules import ValueRule
 
 # Every small one: kernels for a CPU work on a few rows at a time, and between 4 and 5 tokens a
 # verification without AVX-512 becomes half as long again. Of the larger ones, both sides of the
 # steps of oneDNN's products in bf16, one every 64 tokens: 65 take half as long again as 64.
 VERIFY_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 65, 128, 129)
-PROMPT_SIDES = (256, 257)  # measured with one context only: they take long
+PROMPT_SIDES = (192, 193, 256, 257)  # measured with one context only: they take long
 # A change of shape costs OpenVINO some milliseconds on a model of 16 layers: a tenth of a step of
 # one token, and plain decoding, whose steps are alike, has none. Measured on the sizes up to this
 # one; beside larger ones it is lost in what disturbs them.
 CHANGED_SIZES = 16
-PROMPT_SIZES = (32, 128)
+# A prompt comes after passes of another size, and most often in a size of its own, which OpenVINO
+# makes kernels for: 3 to 10 ms at 0.4 G parameters. So each round takes one token less.
+PROMPT_SIZES = (16, 64, 128, 256)
 DRAFT_ROWS = (1, 2, 4, 8, 16, 32)
 DRAFT_LENGTHS = (1, 4, 8)
 DRAFT_CATCH_UPS = (16, 128)
-CHUNK = 128
+CHUNK = SPARE = 128  # tokens of a prompt that fills a row, and of room behind its context
 Timed = tuple[VerifySample | DraftSample, float]  # the sample is a key, without seconds
 
 
@@ -73,15 +77,18 @@ def measure(
     bench = _Bench(draft, target, info, clock)
     filled = bench.fill_all(effort)
     times: dict[VerifySample | DraftSample, list[float]] = {}
-    changes: list[float] = []
+    changes, draft_changes = list[float](), list[float]()
     end = clock() + effort.budget_s
     for round_ in range(effort.num_rounds):
         if round_ > 1 and clock() > end:
             break
         if round_ == 1:
             changes.clear()  # those of the first round had kernels to compile
+            draft_changes.clear()
         points: Iterable[Timed] = chain(
-            _verifications(bench, filled, changes), _drafts(bench, filled)
+            _verifications(bench, filled, changes),
+            _prompts(bench, filled, round_),
+            _drafts(bench, filled, draft_changes),
         )
         for point, seconds in points:
             times.setdefault(point, []).append(seconds)
@@ -101,6 +108,7 @@ def measure(
             if isinstance(p, DraftSample)
         ),
         change_s=max(0.0, float(np.median(changes))),
+        draft_change_s=max(0.0, float(np.median(draft_changes))),
     )
 
 
@@ -120,7 +128,7 @@ def _verifications(
         changes: gets how much longer one took that came after one of another size.
     """
     for size in bench.verify_sizes:
-        if size > max(PROMPT_SIZES) * bench.num_rows(filled[0].rows, size):
+        if size > SPARE * bench.num_rows(filled[0].rows, size):
             break  # a small KV cache holds too few rows for so many tokens
         changed_s = bench.verify(filled[0].rows, size)
         for i, (context, rows) in enumerate(filled[: 1 if size in PROMPT_SIDES else None]):
@@ -128,23 +136,47 @@ def _verifications(
             yield VerifySample(size, size, bench.num_rows(rows, size) * context, 0.0), seconds
             if i == 0 and size <= CHANGED_SIZES:
                 changes.append(changed_s - seconds)
-    for size in PROMPT_SIZES:
-        bench.prompt(filled[0].rows[0], size)
-        seconds = bench.prompt(filled[0].rows[0], size)
-        yield VerifySample(size, 0, filled[0].context, 0.0), seconds
 
 
-def _drafts(bench: "_Bench", filled: Sequence[_Filled]) -> Iterator[Timed]:
-    """Time every draft call after another of its shape."""
+def _prompts(bench: "_Bench", filled: Sequence[_Filled], round_: int) -> Iterator[Timed]:
+    """Time prompts as they come: in a size that was not there yet, after a verification."""
+    for size in (size - round_ for size in PROMPT_SIZES):
+        for context, rows in filled:
+            if bench.holds(rows[0], context + size):
+                bench.verify(rows, 1)
+                yield VerifySample(size, 0, context, 0.0), bench.prompt(rows[0], size)
+
+
+def _drafts(bench: "_Bench", filled: Sequence[_Filled], changes: list[float]) -> Iterator[Timed]:
+    """Time every draft call after another of its shape.
+
+    Args:
+        changes: gets how much longer a forward took that came after one of another size.
+    """
     calls = [(num_rows, length, 1) for num_rows in DRAFT_ROWS for length in DRAFT_LENGTHS]
     calls += [(1, 1, num_catch_up) for num_catch_up in DRAFT_CATCH_UPS]
     for num_rows, length, num_catch_up in calls:
         for context, rows in filled:
             if num_rows <= len(rows) and num_catch_up <= context:
-                bench.draft(rows[:num_rows], length, num_catch_up)
+                changed_s = bench.draft(rows[:num_rows], length, num_catch_up)
                 seconds = bench.draft(rows[:num_rows], length, num_catch_up)
+                if length == num_catch_up == 1 and context == filled[0].context:
+                    changes.append(changed_s - seconds)
                 tokens = num_rows * num_catch_up
                 yield DraftSample(num_rows, length, tokens, num_rows * context, 0.0), seconds
+
+
+def _always(num_rows: int, length: int) -> ValueRule:
+    """Return the rule that serves, with rows that go on whatever it finds."""
+    return ValueRule(
+        judge=np.zeros(JUDGE_COEFFICIENTS * num_rows),
+        scout=np.zeros(SCOUT_COEFFICIENTS * num_rows),
+        weight=np.full(num_rows, np.inf),
+        verify_s=np.ones(num_rows * length + 1),
+        forward_s=np.zeros(num_rows + 1),
+        gains=np.empty(0),
+        base=np.array([float(num_rows), 0.0, 1.0]),
+    )
 
 
 class _Bench:
@@ -179,15 +211,18 @@ class _Bench:
         return filled
 
     def _blocks_of(self, context: int) -> int:
-        return -(-(context + max(PROMPT_SIZES)) // self._info.block_size)
+        return -(-(context + SPARE) // self._info.block_size)
+
+    def holds(self, row: Row, num_tokens: int) -> bool:
+        """Make room for so many tokens of a row, if there is."""
+        return self._blocks.extend(row.block_table, num_tokens)
 
     def fill(self, context: int, num_rows: int) -> list[Row]:
         """Make rows with `context` tokens of real KV in both engines, `num_rows` if they fit."""
         rows: list[Row] = []
-        spare = max(PROMPT_SIZES)
         while len(rows) < num_rows:
             row = Row(self._next_key, 0, [], False, [], context)
-            if not self._blocks.extend(row.block_table, context + spare):
+            if not self._blocks.extend(row.block_table, context + SPARE):
                 break
             self._next_key -= 1
             for start in range(0, context, CHUNK):
@@ -225,14 +260,16 @@ class _Bench:
     def draft(self, rows: Sequence[Row], length: int, num_catch_up_tokens: int) -> float:
         """Time a draft call of `length` forwards of all rows, after a pass of the target.
 
-        As in a step: the caches hold what the target has just read, so the first forward is slow.
+        As in a step: the caches hold what the target has just read, so the first forward is slow,
+        and a rule is asked after each whether to go on.
         """
         self.verify(rows[:1], 1)
+        rule = _always(len(rows), length)
         for row in rows:
             row.max_draft_tokens = length
             row.num_draft_computed_tokens = row.num_computed_tokens - num_catch_up_tokens + 1
             row.catch_up_token_ids = self._tokens(num_catch_up_tokens)
-        return self._time(lambda: self._draft.draft(Batch(list(rows))))
+        return self._time(lambda: self._draft.draft(Batch(list(rows), stop_rule=rule)))
 
     def release(self, rows: Sequence[Row]) -> None:
         """Give everything back."""

@@ -9,6 +9,7 @@ from specserve.config import build
 from specserve.telemetry.reading import Clocks
 
 FORMAT = 1
+MORE_S = ("change_s", "draft_change_s", "host_s")  # not in every profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,9 @@ class Profile:
         source: "measured", or where an estimate comes from.
         change_s: seconds that a verification takes more when the one before was of another number
             of tokens; an engine with shapes of its own for every number has to prepare for them.
+            Those with prompt tokens were timed with it.
+        draft_change_s: the same of each forward of the draft model.
+        host_s: seconds of a step beside the engines, see `specserve.rehearsal`.
         clocks: the device's, while it was measured; None if it did not say.
     """
 
@@ -60,6 +64,8 @@ class Profile:
     format: int = FORMAT
     clocks: Clocks | None = None
     change_s: float = 0.0
+    draft_change_s: float = 0.0
+    host_s: float = 0.0
 
     def check(self, fingerprint: Mapping[str, str]) -> None:
         """Refuse numbers of something else.
@@ -97,10 +103,10 @@ class Profile:
             verify = tuple(build(VerifySample, sample, "verify") for sample in tree["verify"])
             draft = tuple(build(DraftSample, sample, "draft") for sample in tree["draft"])
             clocks = Clocks(*tree["clocks"]) if tree.get("clocks") else None
-            change_s = float(tree.get("change_s", 0.0))
+            change_s, draft_change_s, host_s = (float(tree.get(name, 0.0)) for name in MORE_S)
             return cls(
-                tree["fingerprint"], verify, draft, tree["source"],
-                clocks=clocks, change_s=change_s,
+                tree["fingerprint"], verify, draft, tree["source"], clocks=clocks,
+                change_s=change_s, draft_change_s=draft_change_s, host_s=host_s,
             )  # fmt: skip
         except (KeyError, TypeError) as error:
             raise ValueError(f"profile {path.name} is incomplete: {error}") from error

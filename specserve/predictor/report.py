@@ -6,9 +6,11 @@ from pathlib import Path
 from rich.table import Table
 
 from specserve import engines
+from specserve.assemble import profiled
 from specserve.config import Config
-from specserve.predictor.measure import Effort, measure
+from specserve.predictor.measure import Effort
 from specserve.predictor.profile import Profile
+from specserve.predictor.prompts import Prompts
 from specserve.predictor.step_time import StepTimeModel
 from specserve.predictor.store import fingerprint, path_of
 from specserve.telemetry import make_telemetry
@@ -27,7 +29,7 @@ def measure_and_describe(config: Config, output: Path | None) -> tuple[Table, Pa
     draft, target = engines.make_draft_engine(config), engines.make_target_engine(config)
     telemetry = make_telemetry(config)
     marks = fingerprint(config, telemetry.reading)
-    profile = measure(draft, target, info, marks, Effort())
+    profile = profiled(config, info, draft, target, marks, Effort())
     profile = replace(profile, clocks=telemetry.clocks)
     path = output or path_of(marks)
     profile.save(path)
@@ -36,13 +38,18 @@ def measure_and_describe(config: Config, output: Path | None) -> tuple[Table, Pa
 
 def _table(profile: Profile) -> Table:
     model = StepTimeModel(profile)
-    change = f"after one of another number of tokens: {profile.change_s * 1e3:.2f} ms more"
-    table = Table(title="Verification: measured and predicted", caption=change)
+    caption = (
+        f"after one of another number of tokens: {profile.change_s * 1e3:.2f} ms more, "
+        f"a draft forward {profile.draft_change_s * 1e3:.2f} ms; "
+        f"beside the engines a step takes {profile.host_s * 1e3:.2f} ms"
+    )
+    table = Table(title="Verification: measured and predicted", caption=caption)
     for column in ("tokens", "of them prompt", "context", "measured ms", "predicted ms"):
         table.add_column(column, justify="right")
     for s in profile.verify:
         num_prompt = s.num_tokens - s.num_logit_rows
-        predicted_s = model.verify_s(s.num_tokens, s.context_tokens, num_prompt)
+        chunk = Prompts.chunk(num_prompt, s.context_tokens)
+        predicted_s = model.verify_s(s.num_tokens, s.context_tokens, chunk)
         table.add_row(
             str(s.num_tokens),
             str(num_prompt),

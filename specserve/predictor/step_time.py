@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specserve.predictor.profile import DraftSample, Profile, VerifySample
+from specserve.predictor.prompts import NO_PROMPTS, Prompts, PromptTime
 from specserve.predictor.roofline import Prior, Roofline
 from specserve.telemetry.state import NEUTRAL, DeviceState, NoTelemetry, Telemetry
 
@@ -23,10 +24,13 @@ REFRESH_EVERY = 8  # observations
 class StepTimeModel:
     """Predicts T(draft forwards, target tokens, context tokens) in seconds.
 
-    verify(n, c) = roofline(n, c; device state) * staircase(n) * correction(n) - prompt tokens'
-    saved logits; `change_curve` is what another n than the last adds. draft = call overhead + one
-    time per forward, by the rows still drafting.
+    verify(n, c) = (roofline(n, c; device state) * staircase(n) - what prompt tokens save) *
+    correction(n); `change_curve` is what another n than the last adds. draft = call overhead + one
+    time per forward, by the rows still drafting, + one per forward of another size than the last.
     The device's state counts relative to that in which the profile was taken.
+
+    Attributes:
+        host_s: of a step, beside both.
     """
 
     def __init__(self, profile: Profile, telemetry: Telemetry | None = None) -> None:
@@ -39,38 +43,53 @@ class StepTimeModel:
         self._num_observed = 0
         self._change_s = profile.change_s
         self._last_num_tokens = 0
+        self._draft_change_s = profile.draft_change_s
+        self._last_draft_size = 0
+        self.host_s = profile.host_s
 
     def verify_curve(
-        self, num_tokens: int, num_more: int, context_tokens: int, num_prompt_tokens: int = 0
+        self,
+        num_tokens: int,
+        num_more: int,
+        context_tokens: int,
+        prompts: Prompts = NO_PROMPTS,
     ) -> Floats:
         """Predict verification of num_tokens, num_tokens + 1, ..., num_tokens + num_more tokens.
 
         Args:
             num_tokens: target tokens of the step, at least 1, prompt tokens included.
             context_tokens: cached tokens that all rows read, together.
-            num_prompt_tokens: of num_tokens, those whose logits nobody wants.
+            prompts: of num_tokens, those of prompts; with them comes the change of shape that they
+                bring about.
 
         Returns:
             [num_more + 1] seconds; never falls.
         """
         state = self._follow_device()
         context_tokens = _rounded(context_tokens)
-        key = (num_tokens, num_more, context_tokens, num_prompt_tokens)
+        key = (num_tokens, num_more, context_tokens, *prompts)
         if key not in self._cache:
             n = np.arange(num_tokens, num_tokens + num_more + 1, dtype=np.float64)
-            self._cache[key] = self._verify.predict(n, context_tokens, num_prompt_tokens, state)
+            self._cache[key] = self._verify.predict(n, context_tokens, prompts, state)
         return self._cache[key]
 
-    def verify_s(self, num_tokens: int, context_tokens: int, num_prompt_tokens: int = 0) -> float:
+    def verify_s(
+        self, num_tokens: int, context_tokens: int, prompts: Prompts = NO_PROMPTS
+    ) -> float:
         """Predict one verification."""
-        return float(self.verify_curve(num_tokens, 0, context_tokens, num_prompt_tokens)[0])
+        return float(self.verify_curve(num_tokens, 0, context_tokens, prompts)[0])
 
-    def change_curve(self, num_tokens: int, num_more: int = 0) -> Floats:
+    def change_curve(
+        self, num_tokens: int, num_more: int = 0, prompts: Prompts = NO_PROMPTS
+    ) -> Floats:
         """Predict what verify_curve leaves out: the time that a change of shape takes.
 
         Returns:
-            [num_more + 1] seconds; 0 for as many tokens as the last verification had.
+            [num_more + 1] seconds; 0 for as many tokens as the last verification had, and with
+            prompt tokens.
         """
+        if prompts.num_tokens:
+            return np.zeros(num_more + 1)
         curve = np.full(num_more + 1, self._change_s)
         if 0 <= self._last_num_tokens - num_tokens <= num_more:
             curve[self._last_num_tokens - num_tokens] = 0.0
@@ -110,8 +129,22 @@ class StepTimeModel:
             num_catch_up_tokens: of the first forward, one per row included.
             context_tokens: cached tokens of the first forward's rows.
         """
+        if not rows_of_forwards:
+            return 0.0
         state = self._follow_device()
-        return self._draft.call(rows_of_forwards, num_catch_up_tokens, context_tokens, state)
+        call = self._draft.call(rows_of_forwards, num_catch_up_tokens, context_tokens, state)
+        return call + self._draft_change_s * self._num_changes(
+            [max(num_catch_up_tokens, rows_of_forwards[0]), *rows_of_forwards[1:]]
+        )
+
+    def has_drafted(self, num_rows: int) -> None:
+        """Remember the size of a draft call's last forward."""
+        self._last_draft_size = num_rows
+
+    def _num_changes(self, sizes: Sequence[int]) -> int:
+        """Count the draft forwards that come after one of another size."""
+        before = [self._last_draft_size, *sizes]
+        return sum(size != last for last, size in zip(before, sizes, strict=False))
 
     def observe_verify(self, num_tokens: int, predicted_s: float, measured_s: float) -> None:
         """Learn one measured verification from what was predicted for it."""
@@ -119,10 +152,13 @@ class StepTimeModel:
         self.has_verified(num_tokens)
         self._verify.correction.observe(num_tokens, predicted_s, measured_s)
 
-    def observe_draft(self, num_rows: int, predicted_s: float, measured_s: float) -> None:
-        """Learn one measured draft call, whose first forward had `num_rows`."""
+    def observe_draft(
+        self, rows_of_forwards: Sequence[int], predicted_s: float, measured_s: float
+    ) -> None:
+        """Learn one measured draft call."""
         self._refresh()
-        self._draft.correction.observe(num_rows, predicted_s, measured_s)
+        self.has_drafted(rows_of_forwards[-1])
+        self._draft.correction.observe(rows_of_forwards[0], predicted_s, measured_s)
 
     def _follow_device(self) -> DeviceState:
         """Return the device's state; forget predictions made for another."""
@@ -211,14 +247,14 @@ class _VerifyTime:
             prior,
         )
         self._sizes, self._steps = self._staircase(full)
-        self._logits_s = self._logits_of_a_token(samples)
+        self._prompt_time = self._prompts(samples)
         self.correction = Correction()
 
-    def predict(self, n: Floats, context: float, num_prompt: int, state: DeviceState) -> Floats:
+    def predict(self, n: Floats, context: float, prompts: Prompts, state: DeviceState) -> Floats:
         theory = self._roofline(n, context, state.compute_scale, state.memory_scale)
         stair = np.interp(np.log(n), np.log(self._sizes), self._steps)
-        saved = np.minimum(self._logits_s * num_prompt / state.compute_scale, 0.5 * theory)
-        seconds: Floats = (theory * stair - saved) * self.correction.factor(n)
+        more = np.maximum(self._prompt_time(prompts) / state.compute_scale, -0.5 * theory)
+        seconds: Floats = (theory * stair + more) * self.correction.factor(n)
         return lower_envelope(seconds)
 
     def _staircase(self, samples: Sequence[VerifySample]) -> tuple[Floats, Floats]:
@@ -235,15 +271,15 @@ class _VerifyTime:
         monotone = lower_envelope(np.array(ratios) * np.array(theory))
         return sizes, monotone / np.array(theory)
 
-    def _logits_of_a_token(self, samples: Sequence[VerifySample]) -> float:
-        saved = []
-        for s in samples:
-            if s.num_logit_rows < s.num_tokens:
-                n = np.array([float(s.num_tokens)])
-                stair = np.interp(np.log(n), np.log(self._sizes), self._steps)
-                full = float((self._roofline(n, float(s.context_tokens)) * stair)[0])
-                saved.append((full - s.seconds) / (s.num_tokens - s.num_logit_rows))
-        return max(0.0, float(np.median(saved))) if saved else 0.0
+    def _prompts(self, samples: Sequence[VerifySample]) -> PromptTime:
+        """Fit what measured prompts take more than as many tokens to verify."""
+        prompts = [s for s in samples if s.num_logit_rows < s.num_tokens]
+        n = np.array([s.num_tokens for s in prompts], dtype=np.float64)
+        stair = np.interp(np.log(n), np.log(self._sizes), self._steps)
+        full = stair * self._roofline(n, np.array([float(s.context_tokens) for s in prompts]))
+        more = np.array([s.seconds for s in prompts]) - full
+        chunks = [Prompts.chunk(s.num_tokens - s.num_logit_rows, s.context_tokens) for s in prompts]
+        return PromptTime.fit(chunks, more, full)
 
 
 class _DraftTime:
@@ -282,8 +318,6 @@ class _DraftTime:
         context_tokens: int,
         state: DeviceState,
     ) -> float:
-        if not rows_of_forwards:
-            return 0.0
         first_rows = rows_of_forwards[0]
         base, per_row = self._costs(context_tokens / first_rows, state)
         more = max(0, num_catch_up_tokens - first_rows)
