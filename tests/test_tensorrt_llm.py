@@ -366,7 +366,7 @@ def test_preemption_and_cancellation_change_nobody_elses_text(pair: Pair) -> Non
 def test_nothing_is_kept_of_requests_that_have_ended(pair: Pair) -> None:
     core = make_core(pair)
     drive(core, [make_request([i, 5], 9, logit_bias=((1, 1.0),)) for i in range(4)])
-    core._release()
+    core.release_ended()
     assert len(core.target_engine._sequences) == 0  # type: ignore[attr-defined]
     assert len(core.draft_engine.inner._sequences) == 0  # type: ignore[attr-defined]
     assert not core.target_engine._requests._biases  # type: ignore[attr-defined]
