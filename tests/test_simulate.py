@@ -138,7 +138,7 @@ def test_parameter_out_of_range_is_refused(values: dict[str, float], message: st
 def test_profiles_are_shipped_for_the_demo_and_for_every_device_and_pair() -> None:
     pairs = {f"{device}-{pair}" for device in estimate.DEVICES for pair in estimate.PAIRS}
     assert set(ESTIMATES) == pairs
-    measured = {"cpu-demo", "h100-torch-7b"}
+    measured = {"cpu-demo", "h100-torch-7b", "h200-torch-7b"}
     assert set(profiles.shipped()) == pairs | measured
     assert {profiles.find(name).source for name in measured} == {"measured"}
 

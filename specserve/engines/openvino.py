@@ -22,8 +22,8 @@ from specserve.engines.paged_model import FlatBatch
 ATTENTION = "PagedAttentionExtension"
 BLOCK_SIZE = 32  # what the CPU kernels of paged attention are written for
 # Kernels that OpenVINO keeps, by shape. Its own limit of 5000 lets hundreds of MiB fill in an hour
-# of steps of all sizes, and is no faster.
-NUM_KEPT_KERNELS = 500
+# of steps of all sizes. Each size has some ten, so 500 were few at 16 requests: 1 % slower.
+NUM_KEPT_KERNELS = 2000
 # A target's pass of up to so many tokens waits for the weights and takes as long as one of a single
 # token. After one of another size it prepares its products again, 2 ms of 21 at 0.4 G parameters.
 # (A draft model is in the caches: its forwards of one token are shorter than of more.)

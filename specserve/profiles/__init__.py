@@ -1,4 +1,4 @@
-"""Profiles that come with SpecServe: two measured, the others estimates from datasheets.
+"""Profiles that come with SpecServe: three measured, the others estimates from datasheets.
 
 Besides step times, a profile's fingerprint may say which scheduler limits go with the device, under
 the names the configuration has for them (`scheduler.kv_cache_tokens`).
