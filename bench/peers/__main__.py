@@ -2,9 +2,10 @@
 
 Method: the same greedy prompts, output lengths, threads, arithmetic precision and weights for all;
 a closed loop of `concurrency` requests, timed from the first request to the last token, prompt
-processing included; four requests a row, since rows stand empty when there are none left to begin. SpecServe runs behind a real Triton server and its client's gRPC streams;
-OpenVINO GenAI (on the same IR) and Hugging Face transformers (on the checkpoints behind it) run in
-this process, without a transport. Everything is loaded before anything is timed; rounds interleave
+processing included; four requests a row, since rows stand empty when there are none left to begin.
+SpecServe runs behind a real Triton server and its client's gRPC streams; OpenVINO GenAI (on the
+same IR) and Hugging Face transformers (on the checkpoints behind it) run in this process, without
+a transport. Everything is loaded before anything is timed; rounds interleave
 all arms in random order, the first ones only warm up, and the median over the rest counts.
 
 Needs: pip install -c constraints.txt -e '.[serve,build,peers]'

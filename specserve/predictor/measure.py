@@ -25,7 +25,7 @@ PROMPT_SIDES = (192, 193, 256, 257)  # measured with one context only: they take
 # one; beside larger ones it is lost in what disturbs them.
 CHANGED_SIZES = 16
 # A prompt comes after passes of another size, and most often in a size of its own, which OpenVINO
-# makes kernels for: 3 to 10 ms at 0.4 G parameters. So each round takes one token less.
+# makes kernels for: 3 to 10 ms at 0.4 G parameters. So every one is a token shorter than the last.
 PROMPT_SIZES = (16, 64, 128, 256)
 DRAFT_ROWS = (1, 2, 4, 8, 16, 32)
 DRAFT_LENGTHS = (1, 4, 8)
@@ -140,8 +140,9 @@ def _verifications(
 
 def _prompts(bench: "_Bench", filled: Sequence[_Filled], round_: int) -> Iterator[Timed]:
     """Time prompts as they come: in a size that was not there yet, after a verification."""
-    for size in (size - round_ for size in PROMPT_SIZES):
-        for context, rows in filled:
+    for longest in PROMPT_SIZES:
+        for i, (context, rows) in enumerate(filled):
+            size = longest - round_ * len(filled) - i
             if bench.holds(rows[0], context + size):
                 bench.verify(rows, 1)
                 yield VerifySample(size, 0, context, 0.0), bench.prompt(rows[0], size)
