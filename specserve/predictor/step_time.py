@@ -24,9 +24,9 @@ REFRESH_EVERY = 8  # observations
 class StepTimeModel:
     """Predicts T(draft forwards, target tokens, context tokens) in seconds.
 
-    verify(n, c) = (roofline(n, c; device state) * staircase(n) - what prompt tokens save) *
-    correction(n); `change_curve` is what another n than the last adds. draft = call overhead + one
-    time per forward, by the rows still drafting, + one per forward of another size than the last.
+    verify(n, c) = (roofline(n, c; device state) * staircase(n) + `PromptTime`) * correction(n);
+    `change_curve` is what another n than the last adds. draft = call overhead + one time per
+    forward, by the rows still drafting, + one per forward of another size than the last.
     The device's state counts relative to that in which the profile was taken.
 
     Attributes:
