@@ -196,6 +196,18 @@ def test_what_prompts_take_is_found_in_exact_measurements(truth: PromptTime) -> 
     assert found(NO_PROMPTS) == 0.0
 
 
+def test_prompts_of_a_slow_moment_do_not_move_the_fit() -> None:
+    truth = PromptTime(4e-3, -2e-4, 3e-7)
+    chunks = [Prompts.chunk(n - i, start) for i in range(5) for n in (16, 64, 128, 256)
+              for start in (32, 256)]  # fmt: skip
+    full = np.array([1e-3 * chunk.num_tokens for chunk in chunks])
+    more = np.array([truth(chunk) for chunk in chunks])
+    more[8:16] += full[8:16]  # one round of five took twice as long
+    found = PromptTime.fit(chunks, more, full)
+    for chunk in chunks:
+        assert found(chunk) == pytest.approx(truth(chunk), abs=0.01 * 1e-3 * chunk.num_tokens)
+
+
 def test_few_prompts_say_less() -> None:
     full = np.array([0.1, 0.2])
     two = PromptTime.fit([Prompts(32, 512), Prompts(128, 8192)], np.array([-0.003, -0.015]), full)
