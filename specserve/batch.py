@@ -147,12 +147,19 @@ class Decision:
     reasons: Sequence[str] = ()
     predicted_s: float | None = None
 
+    def joined_by(self, num_rows: int) -> "Decision":
+        """Return what to say of a step that so many prompts have joined since."""
+        if not num_rows:
+            return self
+        return Decision([*self.reasons, *["prompt"] * num_rows] if self.reasons else (), None)
+
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
     """A finished step, for `Policy.observe`.
 
     Attributes:
+        num_joined: rows at the end that joined after the others were planned; they draft nothing.
         num_target_tokens: what the target computed, where it counts by itself; None is base and
             chosen tokens.
     """
@@ -164,3 +171,9 @@ class StepRecord:
     draft_time_s: float
     verify_time_s: float
     num_target_tokens: int | None = None
+    num_joined: int = 0
+
+    @property
+    def num_planned(self) -> int:
+        """Rows that the policy has planned."""
+        return len(self.batch.rows) - self.num_joined

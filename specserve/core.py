@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from specserve.batch import Batch, Draft, StepRecord
+from specserve.batch import Batch, Decision, Draft, StepRecord
 from specserve.engines import TargetEngine, isolated
 from specserve.engines.guarded import GuardedDraftEngine
 from specserve.pacing import Pacer
@@ -33,6 +33,7 @@ class SpecServe:
         self.draft_engine = draft_engine
         self.target_engine = target_engine
         self.clock = clock
+        self.take_arrivals: Callable[[], object] = list  # submits who has come meanwhile
         self.telemetry: Telemetry = NoTelemetry()
         self.stats = Stats()
 
@@ -50,14 +51,16 @@ class SpecServe:
         self.release_ended()
         drafts, draft_s = self._timed(lambda: self._draft(batch))
         chosen = self._select(batch, drafts)  # which draft tokens the target will look at
+        num_joined = self._let_join(batch, drafts, chosen)  # who came while the others drafted
         outputs, verify_s = self._timed(lambda: isolated.verify(self.target_engine, batch, chosen))
         now = self.clock()
         results = self.scheduler.commit(batch, drafts, chosen, outputs, now)
         counted = getattr(self.target_engine, "num_computed_tokens", None)
-        record = StepRecord(batch, drafts, chosen, outputs, draft_s, verify_s, counted)
-        self._explain(record, results, now)
+        record = StepRecord(batch, drafts, chosen, outputs, draft_s, verify_s, counted, num_joined)
+        decision = self.policy.decision.joined_by(num_joined)
+        self._explain(record, decision, results, now)
         self.policy.observe(record)
-        self.stats.add(record, self.policy.decision, self.clock() - started)
+        self.stats.add(record, decision, self.clock() - started)
         return results
 
     def _timed(self, call: Callable[[], T]) -> tuple[T, float]:
@@ -75,14 +78,30 @@ class SpecServe:
         lengths = self.policy.select(batch, [draft.confidences for draft in drafts])
         return [draft.token_ids[:n] for draft, n in zip(drafts, lengths, strict=True)]
 
-    def _explain(self, record: StepRecord, results: Sequence[StepOutput], now: float) -> None:
+    def _let_join(self, batch: Batch, drafts: list[Draft], chosen: list[list[int]]) -> int:
+        """Add the prompts of those who have come while the others drafted; return how many."""
+        self.take_arrivals()
+        num_tokens = batch.num_base_tokens + sum(map(len, chosen))
+        rows = self.scheduler.join(num_tokens, self.clock())
+        batch.rows += rows
+        drafts += [Draft() for _ in rows]
+        chosen += [[] for _ in rows]
+        return len(rows)
+
+    def _explain(
+        self,
+        record: StepRecord,
+        decision: Decision,
+        results: Sequence[StepOutput],
+        now: float,
+    ) -> None:
         """Note what the step did in the traces of the requests that want one."""
         rows = {row.key: i for i, row in enumerate(record.batch.rows)}
         for request in (output.request for output in results):
             if request.trace is not None:
                 at_s = now - request.arrival_s
                 index = rows[request.key]
-                request.trace.append(trace_of(record, self.policy.decision, index, at_s))
+                request.trace.append(trace_of(record, decision, index, at_s))
 
     def release_ended(self) -> None:
         """Let go of what is kept for requests that have ended."""

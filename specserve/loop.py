@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from specserve.admission import Rejected, TimedOut
 from specserve.core import SpecServe
@@ -19,7 +20,8 @@ ErrorSink = Callable[[list[Request], Exception], None]
 class Loop:
     """One step loop for all requests.
 
-    `submit` and `abort` may be called from any thread and take effect before the next step.
+    `submit` and `abort` may be called from any thread. An abort takes effect before the next step;
+    who comes while others draft may join the step that runs.
 
     Args:
         core: what steps; touched by this loop's thread only, once started.
@@ -43,6 +45,8 @@ class Loop:
         self._prepare = prepare
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], object]] = []
+        self._arrivals: list[Request] = []
+        core.take_arrivals = self._take_arrivals
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="specserve-loop", daemon=True)
 
@@ -65,11 +69,21 @@ class Loop:
         """
         self.core.scheduler.check(request)
         request.arrival_s = self.core.clock()
-        self._post(lambda: self._admit(request))
+        with self._wake:
+            self._arrivals.append(request)
+            self._wake.notify()
 
     def abort(self, key: int, reason: FinishReason = FinishReason.CANCELLED) -> None:
         """End a request before the next step and free its memory; unknown keys are ignored."""
-        self._post(lambda: self.core.scheduler.abort(key, reason))
+        with self._wake:
+            self._inbox.append(lambda: self.core.scheduler.abort(key, reason))
+            self._wake.notify()
+
+    def _take_arrivals(self) -> None:
+        with self._wake:
+            arrivals, self._arrivals = self._arrivals, []
+        for request in arrivals:
+            self._guarded(partial(self._admit, request))
 
     def _admit(self, request: Request) -> None:
         try:
@@ -77,11 +91,6 @@ class Loop:
         except Rejected as rejection:
             request.finish_reason = FinishReason.REJECTED
             self._on_error([request], rejection)
-
-    def _post(self, action: Callable[[], object]) -> None:
-        with self._wake:
-            self._inbox.append(action)
-            self._wake.notify()
 
     def _run(self) -> None:
         if self._prepare is not None:
@@ -92,11 +101,17 @@ class Loop:
         while True:
             with self._wake:
                 self._wake.wait_for(
-                    lambda: self._is_stopping or self._inbox or self.core.scheduler.has_work
+                    lambda: (
+                        self._is_stopping
+                        or self._arrivals
+                        or self._inbox
+                        or self.core.scheduler.has_work
+                    )
                 )
                 inbox, self._inbox = self._inbox, []
             if self._is_stopping:
                 return
+            self._take_arrivals()  # first: they may be aborted already
             for action in inbox:
                 self._guarded(action)
             if self.core.scheduler.has_work:

@@ -75,18 +75,42 @@ class Pacer:
         sizes = np.arange(-(-fits // 2), fits + 1)
         return int(sizes[np.argmax(sizes / curve[sizes])])
 
+    def joining_tokens(
+        self, decoding: Sequence[Request], num_tokens: int, limit: int, now: float
+    ) -> int:
+        """Return the prompt chunk, up to `limit`, to add to a step that is about to be verified.
+
+        The one with which the step has the most tokens per second, none perhaps, of those that keep
+        decoding rows on schedule.
+
+        Args:
+            num_tokens: of the step without it.
+        """
+        if limit < 1:
+            return 0
+        context = sum(request.num_computed_tokens for request in decoding)
+        curve = self.step_time.verify_curve(num_tokens, limit, context)
+        curve = curve[curve <= min(self._allowed_s(decoding, now), default=np.inf)]
+        if not len(curve):
+            return 0
+        return int(np.argmax((num_tokens + np.arange(len(curve))) / curve))
+
     def _fitting(self, decoding: Sequence[Request], limit: int, context: int, now: float) -> int:
         """Return the largest chunk that no objective forbids."""
-        allowed = [
-            max(0.0, slack_s(request, now, AIM)) + expected_tokens(request) * request.slo.tpot_s
-            for request in decoding
-            if request.slo.tpot_s is not None
-        ]
+        allowed = self._allowed_s(decoding, now)
         if not allowed or limit <= MIN_CHUNK:
             return limit
         curve = self.step_time.verify_curve(len(decoding), limit, context)
         fits = int((curve <= min(allowed)).sum()) - 1  # the curve begins with no chunk at all
         return max(MIN_CHUNK, fits)
+
+    def _allowed_s(self, requests: Sequence[Request], now: float) -> list[float]:
+        """Return how long the step may take for each request with an objective for its tokens."""
+        return [
+            max(0.0, slack_s(request, now, AIM)) + expected_tokens(request) * request.slo.tpot_s
+            for request in requests
+            if request.slo.tpot_s is not None
+        ]
 
     def predicted_ttft_s(
         self,

@@ -82,6 +82,7 @@ class Scheduler:
         self._requests: dict[int, Request] = {}
         self._released: list[int] = []
         self._next_expiry_s = float("inf")
+        self._room_to_join = 0
         self.num_preemptions = 0
 
     @property
@@ -153,11 +154,38 @@ class Scheduler:
     def schedule(self, now: float) -> Batch:
         """Choose the rows of a step: base tokens first, for every row, then a plan for drafts."""
         requests, sizes = self._schedule_base_tokens(now)
+        num_prompt_tokens = sum(size for size in sizes if size > 1)
+        # Who waited already has been told to.
+        limit = 0 if self.waiting else self.config.prefill_chunk_tokens
+        self._room_to_join = max(0, limit - num_prompt_tokens)
         rows = [self._row(request, n, now) for request, n in zip(requests, sizes, strict=True)]
         batch = Batch(rows)
         if any(row.max_draft_tokens for row in rows):
             batch.stop_rule = self._plan_drafts(rows, requests)
         return batch
+
+    def join(self, num_tokens: int, now: float) -> list[Row]:
+        """Take requests that have come since `schedule` into its step, with what fits of a prompt.
+
+        Args:
+            num_tokens: that the target is to compute in this step so far.
+
+        Returns:
+            Rows that draft nothing, to go behind the step's others.
+        """
+        if not (self.waiting and self._room_to_join):
+            return []
+        room = self.config.max_num_batched_tokens - num_tokens
+        budget = min(self._room_to_join, room, self.waiting.num_tokens)
+        if self.pacer is not None:
+            decoding = [r for r in self.running if r.num_uncomputed_tokens == 1]
+            budget = self.pacer.joining_tokens(decoding, num_tokens, budget, now)
+        chosen: dict[int, int] = {}
+        self._admit(budget, chosen, now)
+        rows = [self._row(r, chosen[r.key], now) for r in self.running if r.key in chosen]
+        for row in rows:
+            row.max_draft_tokens, row.lookup = 0, None
+        return rows
 
     def commit(
         self,

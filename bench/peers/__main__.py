@@ -2,7 +2,7 @@
 
 Method: the same greedy prompts, output lengths, threads, arithmetic precision and weights for all;
 a closed loop of `concurrency` requests, timed from the first request to the last token, prompt
-processing included; four requests a row, since rows stand empty when there are none left to begin.
+processing included; six requests a row, since rows stand empty when there are none left to begin.
 SpecServe runs behind a real Triton server and its client's gRPC streams; OpenVINO GenAI (on the
 same IR) and Hugging Face transformers (on the checkpoints behind it) run in this process, without
 a transport. Everything is loaded before anything is timed; rounds interleave
@@ -80,7 +80,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--rounds", type=int, default=3, help="counted")
     parser.add_argument("--warmup-rounds", type=int, default=1, help="before them, not counted")
-    parser.add_argument("--requests", type=int, default=4, help="per row and round, at least")
+    parser.add_argument("--requests", type=int, default=6, help="per row and round, at least")
     parser.add_argument("--min-requests", type=int, default=12, help="of all rows, a round")
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))

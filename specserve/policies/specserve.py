@@ -216,16 +216,22 @@ class SpecServePolicy:
     def observe(self, record: StepRecord) -> None:
         """Learn step time and acceptance."""
         step, self._step = self._step, None
-        is_mine = step is not None and step.num_tokens == record.batch.num_base_tokens
-        if step is None or not is_mine:
+        planned = record.batch.rows[: record.num_planned]
+        if step is None or step.num_tokens != sum([len(row.token_ids) for row in planned]):
             return  # a step without a plan: nobody could draft
-        self.acceptances.observe(record, step.lookups)
+        lookups = [*step.lookups, *[None] * record.num_joined]
+        self.acceptances.observe(record, lookups)
+        self._learn_times(record, step)
+
+    def _learn_times(self, record: StepRecord, step: _Step) -> None:
         num_chosen = sum(map(len, record.chosen))
         num_tokens, predicted_s = step.num_tokens + num_chosen, float(step.verify_s[num_chosen])
         if record.num_target_tokens is not None:
             num_tokens = record.num_target_tokens
             predicted_s = self._predict_counted(record, num_tokens)
-        if num_tokens:
+        if record.num_joined:  # predicted without them
+            self.step_time.has_verified(record.batch.num_base_tokens + num_chosen)
+        elif num_tokens:
             self.step_time.observe_verify(num_tokens, predicted_s, record.verify_time_s)
         forwards = _draft_call(record.batch.rows, [len(d.token_ids) for d in record.drafts])[0]
         if forwards:
