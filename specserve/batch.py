@@ -172,8 +172,3 @@ class StepRecord:
     verify_time_s: float
     num_target_tokens: int | None = None
     num_joined: int = 0
-
-    @property
-    def num_planned(self) -> int:
-        """Rows that the policy has planned."""
-        return len(self.batch.rows) - self.num_joined

@@ -33,7 +33,7 @@ class SpecServe:
         self.draft_engine = draft_engine
         self.target_engine = target_engine
         self.clock = clock
-        self.take_arrivals: Callable[[], object] = list  # submits who has come meanwhile
+        self.take_arrivals: Callable[[], None] = lambda: None  # submits who has come meanwhile
         self.telemetry: Telemetry = NoTelemetry()
         self.stats = Stats()
 

@@ -44,8 +44,8 @@ class Loop:
         self._on_error = on_error
         self._prepare = prepare
         self._wake = threading.Condition()
-        self._inbox: list[Callable[[], object]] = []
         self._arrivals: list[Request] = []
+        self._aborts: list[tuple[int, FinishReason]] = []
         core.take_arrivals = self._take_arrivals
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="specserve-loop", daemon=True)
@@ -69,14 +69,15 @@ class Loop:
         """
         self.core.scheduler.check(request)
         request.arrival_s = self.core.clock()
-        with self._wake:
-            self._arrivals.append(request)
-            self._wake.notify()
+        self._post(lambda: self._arrivals.append(request))
 
     def abort(self, key: int, reason: FinishReason = FinishReason.CANCELLED) -> None:
         """End a request before the next step and free its memory; unknown keys are ignored."""
+        self._post(lambda: self._aborts.append((key, reason)))
+
+    def _post(self, put: Callable[[], None]) -> None:
         with self._wake:
-            self._inbox.append(lambda: self.core.scheduler.abort(key, reason))
+            put()
             self._wake.notify()
 
     def _take_arrivals(self) -> None:
@@ -104,16 +105,16 @@ class Loop:
                     lambda: (
                         self._is_stopping
                         or self._arrivals
-                        or self._inbox
+                        or self._aborts
                         or self.core.scheduler.has_work
                     )
                 )
-                inbox, self._inbox = self._inbox, []
+                aborts, self._aborts = self._aborts, []
             if self._is_stopping:
                 return
             self._take_arrivals()  # first: they may be aborted already
-            for action in inbox:
-                self._guarded(action)
+            for key, reason in aborts:
+                self._guarded(partial(self.core.scheduler.abort, key, reason))
             if self.core.scheduler.has_work:
                 self._guarded(self._expire)
             if self.core.scheduler.has_work:

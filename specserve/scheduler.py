@@ -154,15 +154,17 @@ class Scheduler:
     def schedule(self, now: float) -> Batch:
         """Choose the rows of a step: base tokens first, for every row, then a plan for drafts."""
         requests, sizes = self._schedule_base_tokens(now)
-        num_prompt_tokens = sum(size for size in sizes if size > 1)
-        # Who waited already has been told to.
-        limit = 0 if self.waiting else self.config.prefill_chunk_tokens
-        self._room_to_join = max(0, limit - num_prompt_tokens)
+        self._room_to_join = self._left_for_prompts(sizes)
         rows = [self._row(request, n, now) for request, n in zip(requests, sizes, strict=True)]
         batch = Batch(rows)
         if any(row.max_draft_tokens for row in rows):
             batch.stop_rule = self._plan_drafts(rows, requests)
         return batch
+
+    def _left_for_prompts(self, sizes: list[int]) -> int:
+        """Return the prompt tokens a step has room for; none if a request had to wait for it."""
+        taken = sum(size for size in sizes if size > 1)
+        return 0 if self.waiting else max(0, self.config.prefill_chunk_tokens - taken)
 
     def join(self, num_tokens: int, now: float) -> list[Row]:
         """Take requests that have come since `schedule` into its step, with what fits of a prompt.

@@ -419,7 +419,7 @@ def test_other_request_parameters_pass(parse: Any) -> None:
 
 def test_every_draft_source_is_known_to_the_parser(parse: Any) -> None:
     for source in DRAFT_SOURCES:
-        parse(draft_source=source)
+        assert parse(draft_source=source).request.draft_source == source
 
 
 def test_an_empty_prompt_is_left_to_the_scheduler_to_refuse(parse: Any) -> None:

@@ -216,7 +216,8 @@ class SpecServePolicy:
     def observe(self, record: StepRecord) -> None:
         """Learn step time and acceptance."""
         step, self._step = self._step, None
-        planned = record.batch.rows[: record.num_planned]
+        rows = record.batch.rows
+        planned = rows[: len(rows) - record.num_joined]
         if step is None or step.num_tokens != sum([len(row.token_ids) for row in planned]):
             return  # a step without a plan: nobody could draft
         lookups = [*step.lookups, *[None] * record.num_joined]
