@@ -28,7 +28,8 @@ class Reply:
     The final flag is sent exactly once, whatever happens.
 
     Attributes:
-        cancel_key: in every response; whoever knows it may stop this request. Nobody can guess it.
+        cancel_key: in the first response, for the `watcher` of an ensemble in every one; whoever
+            knows it may stop this request. Nobody can guess it.
     """
 
     def __init__(self, call: Call, sender: Sender, tokenizer: Tokenizer) -> None:
@@ -41,6 +42,7 @@ class Reply:
         self._token_ids: list[int] = []
         self._log_probs: list[float] = []
         self._sum_log_probs = 0.0
+        self._has_sent = False
         self._sent_s = time.monotonic()
 
     @property
@@ -101,7 +103,9 @@ class Reply:
             self._sender.fail(message, code, "REJECTED" if is_rejected else "")
 
     def _send(self, reason: FinishReason | None) -> None:
-        tensors = _always(self._pending, self.cancel_key)
+        tensors = {"text_output": np.array([[self._pending.encode()]], dtype=object)}
+        if self.call.is_watched or not self._has_sent:
+            tensors["cancel_key"] = _long(self.cancel_key)
         if self.call.return_log_probs:
             tensors["cum_log_probs"] = _floats(self._sum_log_probs)
             tensors["output_log_probs"] = np.array([[self._log_probs]], dtype=np.float32)
@@ -111,6 +115,7 @@ class Reply:
             tensors |= self._summary(reason)
         self._pending, self._token_ids, self._log_probs = "", [], []
         self._sent_s = time.monotonic()
+        self._has_sent = True
         self.is_done = reason is not None
         self._sender.send(_response(tensors), flags=FINAL if self.is_done else 0)
 
@@ -141,15 +146,8 @@ class Reply:
 
 def send_done(sender: Sender) -> None:
     """Answer a call that generates nothing: an empty text and the final flag."""
-    sender.send(_response(_always("", 0)), flags=FINAL)
-
-
-def _always(text: str, cancel_key: int) -> dict[str, NDArray[Any]]:
-    """Return what every text comes with; the `watcher` step of an ensemble needs the key."""
-    return {
-        "text_output": np.array([[text.encode()]], dtype=object),
-        "cancel_key": _long(cancel_key),
-    }
+    tensors = {"text_output": np.array([[b""]], dtype=object), "cancel_key": _long(0)}
+    sender.send(_response(tensors), flags=FINAL)
 
 
 def _response(tensors: dict[str, NDArray[Any]]) -> Any:
