@@ -32,7 +32,8 @@ class OpenVINOGenAI:
     """
 
     arms = (
-        "plain", "fixed_2", "fixed_4", "fixed_6", "fixed_8", "threshold_0.4", "lookup_2", "lookup_4"
+        "plain", "fixed_2", "fixed_4", "fixed_6", "fixed_8", "threshold_0.4",
+        "lookup_2", "lookup_4", "lookup_8",
     )  # fmt: skip
     max_concurrency = 32
 
