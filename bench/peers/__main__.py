@@ -2,10 +2,9 @@
 
 Method: the same greedy prompts, output lengths, threads, arithmetic precision and weights for all;
 a closed loop of `concurrency` requests, timed from the first request to the last token, prompt
-processing included; three requests a row at least, since rows stand empty when there are none left
-to begin. Prompts of 96 tokens and answers of 256, like short questions of Spec-Bench; the shorter
-the answers, the more of the time is prompts, which all servers compute with the same products
-(`--max-tokens 96 --requests 6` is half prompts).
+processing included; six requests a row, since rows stand empty when there are none left to begin.
+Answers are as long as the prompts; with longer ones less of the time is prompts, which all servers
+compute with the same products (`--max-tokens 256 --requests 3 --min-requests 4`).
 SpecServe runs behind a real Triton server and its client's gRPC streams; OpenVINO GenAI (on the
 same IR) and Hugging Face transformers (on the checkpoints behind it) run in this process, without
 a transport. Everything is loaded before anything is timed; rounds interleave
@@ -83,9 +82,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--rounds", type=int, default=3, help="counted")
     parser.add_argument("--warmup-rounds", type=int, default=1, help="before them, not counted")
-    parser.add_argument("--requests", type=int, default=3, help="per row and round, at least")
-    parser.add_argument("--min-requests", type=int, default=4, help="of all rows, a round")
-    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--requests", type=int, default=6, help="per row and round, at least")
+    parser.add_argument("--min-requests", type=int, default=12, help="of all rows, a round")
+    parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--engines", type=Path, default=ROOT / "build" / "bench_target")
     parser.add_argument(
