@@ -104,14 +104,16 @@ class Draft:
     Attributes:
         token_ids: [k], k may be 0.
         confidences: [k], what its source thinks of each token; raw, never used as acceptance.
+        repeats_output: copied by prompt lookup from what the model has said, not from the prompt.
     """
 
     token_ids: list[int] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
+    repeats_output: bool = False
 
     def first(self, count: int) -> "Draft":
         """Return the draft cut to a length."""
-        return Draft(self.token_ids[:count], self.confidences[:count])
+        return Draft(self.token_ids[:count], self.confidences[:count], self.repeats_output)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,9 @@ class PromptLookup:
     def __init__(self) -> None:
         self._requests: dict[int, _Index] = {}
 
-    def propose(self, key: int, token_ids: Sequence[int], max_tokens: int) -> Draft | None:
+    def propose(
+        self, key: int, token_ids: Sequence[int], max_tokens: int, num_prompt_tokens: int
+    ) -> Draft | None:
         """Continue as after the latest place where the last tokens stood before.
 
         Of `match` tokens in a row that agreed, Laplace's rule of succession expects the next to
@@ -26,6 +28,7 @@ class PromptLookup:
 
         Args:
             token_ids: all known tokens of the request; those seen before must not have changed.
+            num_prompt_tokens: of these, the first ones that are the prompt.
 
         Returns:
             At most `max_tokens` tokens, or None if nothing stood before.
@@ -37,7 +40,8 @@ class PromptLookup:
             return None
         proposed = _copy(token_ids, start, max_tokens)
         match = _match(token_ids, start)
-        return Draft(proposed, [(n + 1) / (n + 2) for n in range(match, match + len(proposed))])
+        sure = [(n + 1) / (n + 2) for n in range(match, match + len(proposed))]
+        return Draft(proposed, sure, repeats_output=start >= num_prompt_tokens)
 
     def release(self, keys: Sequence[int]) -> None:
         """Forget requests; unknown keys are ignored."""

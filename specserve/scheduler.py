@@ -343,7 +343,9 @@ class Scheduler:
         row.max_draft_tokens = min(limit, self.max_draft_tokens)
         if request.draft_source != "model":
             longest = self.max_draft_tokens if row.has_fixed_draft else self.max_lookup_tokens
-            row.lookup = self.lookup.propose(request.key, request.token_ids, min(limit, longest))
+            row.lookup = self.lookup.propose(
+                request.key, request.token_ids, min(limit, longest), request.num_prompt_tokens
+            )
         if request.draft_source == "ngram":
             row.max_draft_tokens = len(row.lookup.token_ids) if row.lookup else 0
 

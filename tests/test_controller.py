@@ -219,6 +219,25 @@ def test_the_least_likely_tokens_go_whichever_row_has_them() -> None:
     assert policy.select(Batch(rows), [[0.9, 0.5 / 0.9, 0.2], [0.6, 0.5, 0.4]]) == [1, 1]
 
 
+def test_what_the_prompt_repeats_and_what_the_output_repeats_are_learnt_apart() -> None:
+    """One request, equally sure copies: those from the prompt fail, those from the output hold."""
+    policy = make_policy(PolicyConfig(), step_time(num_free_tokens=1, token_s=0.005))
+    (row,) = make_rows(1)
+    said = {False: [9], True: [5] * 5}
+    lengths = {}
+    for step in range(120):
+        repeats_output = step % 2 == 1
+        copy = Draft([5] * 4, [0.8] * 4, repeats_output)
+        batch = Batch([replace(row, lookup=copy)])
+        policy.plan(batch.rows)
+        (lengths[repeats_output],) = policy.select(batch, [copy.confidences])
+        chosen = [copy.token_ids[: lengths[repeats_output]]]
+        output = [Verified(said[repeats_output])]
+        policy.observe(StepRecord(batch, [copy], chosen, output, 0.0, 0.03))
+    assert lengths[False] == 0
+    assert lengths[True] >= 3
+
+
 def test_a_prompt_in_the_step_makes_no_draft_pay() -> None:
     """Its half second is spent either way: it is no reason to spend more on unlikely tokens."""
     policy = make_policy(PolicyConfig(), step_time(num_free_tokens=4, token_s=0.005))

@@ -286,6 +286,17 @@ def test_environment_puts_this_python_first() -> None:
     assert (environment["KEPT"], environment["ADDED"]) == ("1", "2")
 
 
+@pytest.mark.parametrize("theirs", ["", "glibc.malloc.hugetlb=0:glibc.malloc.arena_max=2"])
+def test_malloc_is_asked_for_huge_pages_and_who_runs_the_server_may_say_otherwise(
+    theirs: str,
+) -> None:
+    """Of a tunable that is set twice glibc takes the last value."""
+    base = {"GLIBC_TUNABLES": theirs} if theirs else {}
+    environment = server_environment(TritonInstallation(Path("/site")), base, {})
+    expected = ":".join(["glibc.malloc.hugetlb=1", *([theirs] if theirs else [])])
+    assert environment["GLIBC_TUNABLES"] == expected
+
+
 def test_command_listens_on_loopback_only() -> None:
     options = TritonOptions(Path("/models"), extra_args=("--id=last",))
     command = options.command(TritonInstallation(Path("/site")), Path("/run"), "prefix-")

@@ -37,14 +37,14 @@ from specserve.policies.source_choice import Proposals
 def test_proposes_what_followed_the_same_tokens(
     token_ids: list[int], max_tokens: int, expected: list[int] | None
 ) -> None:
-    draft = PromptLookup().propose(1, token_ids, max_tokens)
+    draft = PromptLookup().propose(1, token_ids, max_tokens, len(token_ids))
     assert (draft and draft.token_ids) == expected
 
 
 def test_a_longer_match_is_surer() -> None:
     lookup = PromptLookup()
-    short = lookup.propose(1, [9, 1, 2, 5, 8, 1, 2], 1)
-    long = lookup.propose(2, [8, 1, 2, 5, 8, 1, 2], 1)
+    short = lookup.propose(1, [9, 1, 2, 5, 8, 1, 2], 1, 7)
+    long = lookup.propose(2, [8, 1, 2, 5, 8, 1, 2], 1, 7)
     assert short is not None
     assert long is not None
     assert short.confidences == [3 / 4]  # two tokens agreed
@@ -52,8 +52,16 @@ def test_a_longer_match_is_surer() -> None:
 
 
 def test_if_the_tokens_before_are_right_the_next_one_is_surer() -> None:
-    draft = PromptLookup().propose(1, [9, 1, 2, 5, 8, 7, 1, 2], 3)
+    draft = PromptLookup().propose(1, [9, 1, 2, 5, 8, 7, 1, 2], 3, 8)
     assert draft == Draft([5, 8, 7], [3 / 4, 4 / 5, 5 / 6])
+
+
+def test_a_draft_says_whether_it_repeats_the_prompt_or_the_output() -> None:
+    """Where the copy begins decides: the third of these tokens is the last of the prompt."""
+    for num_prompt_tokens, repeats_output in ((2, True), (3, False), (5, False)):
+        draft = PromptLookup().propose(1, [1, 2, 3, 1, 2], 3, num_prompt_tokens)
+        assert draft is not None
+        assert draft.repeats_output == draft.first(1).repeats_output == repeats_output
 
 
 def propose_slowly(token_ids: list[int], max_tokens: int) -> list[int] | None:
@@ -77,16 +85,16 @@ def test_tokens_that_arrive_in_pieces_are_found_as_in_one(
     lookup, known = PromptLookup(), 0
     for size in [*pieces, len(token_ids)]:
         known = min(known + size, len(token_ids))
-        draft = lookup.propose(1, token_ids[:known], 4)
+        draft = lookup.propose(1, token_ids[:known], 4, 1)
         assert (draft and draft.token_ids) == propose_slowly(token_ids[:known], 4)
 
 
 def test_requests_do_not_see_each_others_tokens_and_are_forgotten() -> None:
     lookup = PromptLookup()
-    assert lookup.propose(1, [1, 2, 3, 1, 2], 1) == Draft([3], [3 / 4])
-    assert lookup.propose(2, [1, 2], 1) is None
+    assert lookup.propose(1, [1, 2, 3, 1, 2], 1, 5) == Draft([3], [3 / 4])
+    assert lookup.propose(2, [1, 2], 1, 2) is None
     lookup.release([1, 99])
-    assert lookup.propose(1, [1, 2], 1) is None
+    assert lookup.propose(1, [1, 2], 1, 2) is None
 
 
 # -- in a core ---------------------------------------------------------------------------------

@@ -67,7 +67,8 @@ def scouted_survivals(scout: Floats, caps: NDArray[np.int64]) -> Floats:
 
 def _larger(one: Floats, other: Floats) -> Floats:
     """Return the elementwise maximum of two tables with the same rows, 0 where one ends."""
-    width = max(one.shape[1], other.shape[1])
-    padded = [np.pad(table, ((0, 0), (0, width - table.shape[1]))) for table in (one, other)]
-    larger: Floats = np.maximum(*padded)
+    larger = np.zeros((len(one), max(one.shape[1], other.shape[1])))
+    for table in (one, other):
+        part = larger[:, : table.shape[1]]
+        np.maximum(part, table, out=part)
     return larger
