@@ -57,7 +57,7 @@ def test_if_the_tokens_before_are_right_the_next_one_is_surer() -> None:
 
 
 def test_a_draft_says_whether_it_repeats_the_prompt_or_the_output() -> None:
-    """Where the copy begins decides: the third of these tokens is the last of the prompt."""
+    """Where the copy begins decides: here with the third token, whose index is 2."""
     for num_prompt_tokens, repeats_output in ((2, True), (3, False), (5, False)):
         draft = PromptLookup().propose(1, [1, 2, 3, 1, 2], 3, num_prompt_tokens)
         assert draft is not None
