@@ -78,7 +78,7 @@ def peers(path: Path) -> Iterator[str]:
     """Yield the last result of `python -m bench.peers` in a file."""
     tree = _last(path, "peers")
     rates: dict[str, dict[str, Any]] = tree["tokens_per_s"]
-    ours = rates["specserve"]
+    ours, whole = rates["specserve"], rates.get("specserve_whole")
     config = tree["config"]
     yield (
         f"{_machine(tree)}, {config['precision']}, {config['threads']} threads, "
@@ -89,7 +89,9 @@ def peers(path: Path) -> Iterator[str]:
     yield from _row("output tokens/s, requests at once", ours, str)
     yield "|---" * (len(ours) + 1) + "|"
     yield from _row("**specserve**, through Triton gRPC", ours, lambda c: f"**{ours[c]:.0f}**")
-    for name in (name for name in rates if name != "specserve"):
+    if whole:
+        yield from _row("**specserve**, whole answers", ours, lambda c: f"**{whole[c]:.0f}**")
+    for name in (name for name in rates if not name.startswith("specserve")):
         arms = dict.fromkeys(arm for row in rates[name].values() for arm in row)
         for arm in arms:
             cells = {c: rates[name].get(c, {}).get(arm) for c in ours}
@@ -97,6 +99,9 @@ def peers(path: Path) -> Iterator[str]:
             yield from _row(f"{name} {arm}".replace("_", " "), ours, texts.__getitem__)
     against = tree["against_best_genai"]
     yield from _row("specserve / best of OpenVINO GenAI", ours, lambda c: f"{against[c]:.2f}x")
+    if whole:
+        against = tree["whole_against_best_genai"]
+        yield from _row("whole answers / best of GenAI", ours, lambda c: f"{against[c]:.2f}x")
 
 
 def policies(path: Path) -> Iterator[str]:

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 MAX_ID = 64
 POLL_S = 0.05  # between looks at what is due
-ASK_S = 0.25  # how often, at most, each client is asked whether it has gone
+ASK_S = 0.4  # how often, at most, each client is asked whether it has gone
 # Of the time, spent on asking: it wakes two processes. Beside an engine that has all cores, asking
 # each of 16 clients every 10 ms took a tenth of the throughput, every 50 ms one percent.
 ASK_SHARE = 0.02

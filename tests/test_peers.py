@@ -63,13 +63,15 @@ def test_result_is_one_json_line_printed_last(
     peers_main.compare({n: p for n, p in peers.items() if n != "transformers"}, options)
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     rates = result["tokens_per_s"]
-    assert rates["specserve"].keys() == {"1", "2"}
+    assert rates["specserve"].keys() == rates["specserve_whole"].keys() == {"1", "2"}
     arms = {"plain", "fixed_2", "fixed_4", "fixed_6", "fixed_8", "threshold_0.4"}
     arms |= {"lookup_2", "lookup_4", "lookup_8"}
     assert all(rates["openvino_genai"][c].keys() == arms for c in ("1", "2"))
     for c, ratio in result["against_best_genai"].items():
         best = max(rates["openvino_genai"][c].values())
         assert ratio == pytest.approx(rates["specserve"][c] / best, abs=0.001)
+        whole = result["whole_against_best_genai"][c]
+        assert whole == pytest.approx(rates["specserve_whole"][c] / best, abs=0.001)
 
 
 def test_medians_are_over_rounds_and_compared_with_the_best_arm() -> None:

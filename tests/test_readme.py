@@ -46,6 +46,17 @@ def test_peers_are_rows_and_concurrencies_columns(tmp_path: Path) -> None:
     assert "| transformers default | 12 | - |" in lines
     assert "| specserve / best of OpenVINO GenAI | 1.25x | 0.90x |" in lines
     assert rewritten("\n".join(lines) + "\n", tmp_path).splitlines() == lines
+    assert not any("whole" in line for line in lines)  # older results have no such rows
+
+
+def test_whole_answers_are_rows_of_their_own(tmp_path: Path) -> None:
+    tree = {**PEERS, "whole_against_best_genai": {"1": 1.3, "4": 1.0}}
+    tree["tokens_per_s"] = {**tree["tokens_per_s"], "specserve_whole": {"1": 52.4, "4": 100.0}}
+    (tmp_path / "p.jsonl").write_text(json.dumps(tree) + "\n")
+    lines = rewritten(section("peers", "p.jsonl"), tmp_path).splitlines()
+    assert "| **specserve**, whole answers | **52** | **100** |" in lines
+    assert "| whole answers / best of GenAI | 1.30x | 1.00x |" in lines
+    assert sum("whole" in line for line in lines) == 2
 
 
 def test_policies_are_relative_to_plain_decoding(tmp_path: Path) -> None:

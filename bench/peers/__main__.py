@@ -5,10 +5,11 @@ a closed loop of `concurrency` requests, timed from the first request to the las
 processing included; six requests a row, since rows stand empty when there are none left to begin.
 Answers are as long as the prompts; with longer ones less of the time is prompts, which all servers
 compute with the same products (`--max-tokens 256 --requests 3 --min-requests 4`).
-SpecServe runs behind a real Triton server and its client's gRPC streams; OpenVINO GenAI (on the
-same IR) and Hugging Face transformers (on the checkpoints behind it) run in this process, without
-a transport. Everything is loaded before anything is timed; rounds interleave
-all arms in random order, the first ones only warm up, and the median over the rest counts.
+SpecServe runs behind a real Triton server and its client's gRPC streams, with a response for every
+step and, as `specserve_whole`, with one for the whole answer; OpenVINO GenAI (on the same IR) and
+Hugging Face transformers (on the checkpoints behind it) run in this process, without a transport.
+Everything is loaded before anything is timed; rounds interleave all arms in random order, the first
+ones only warm up, and the median over the rest counts.
 
 Needs: pip install -c constraints.txt -e '.[serve,build,peers]'
 Example: python -m build_engines bench-target --output build/bench_target
@@ -38,7 +39,8 @@ from bench.served import serving
 from specserve.text import load_tokenizer
 
 PROMPT_TOKENS = 96
-NAMES = ("specserve", "openvino_genai", "transformers")
+OURS = ("specserve", "specserve_whole")  # one server, two ways to ask
+NAMES = (*OURS, "openvino_genai", "transformers")
 Rates = dict[tuple[str, str], list[float]]  # (peer, arm) -> tokens/s of each counted round
 
 
@@ -63,6 +65,7 @@ def compare(peers: dict[str, Peer], options: argparse.Namespace) -> None:
             "bench": "peers",
             "pair": made_of(options.engines),
             "against_best_genai": _against(medians, "openvino_genai"),
+            "whole_against_best_genai": _against(medians, "openvino_genai", "specserve_whole"),
             "rounds": {
                 f"{name}/{arm}/{c}": [round(rate, 2) for rate in values]
                 for c, row in rates.items()
@@ -113,7 +116,7 @@ def loaded(options: argparse.Namespace, scratch: Path) -> Iterator[dict[str, Pee
 
             target, draft = _checkpoints(options.checkpoints, scratch)
             peers["transformers"] = Transformers(target, draft, options.precision, options.threads)
-        if "specserve" in options.peers:
+        if set(OURS) & set(options.peers):
             from bench.peers.served import SpecServeServer
 
             overrides = [
@@ -121,8 +124,10 @@ def loaded(options: argparse.Namespace, scratch: Path) -> Iterator[dict[str, Pee
                 f"engine.precision={options.precision}",
                 f"engine.num_threads={options.threads}",
             ]
-            peers["specserve"] = SpecServeServer(stack.enter_context(serving(overrides)))
-        yield {name: peers[name] for name in NAMES if name in peers}
+            server = stack.enter_context(serving(overrides))
+            for name in OURS:
+                peers[name] = SpecServeServer(server, streams=name == "specserve")
+        yield {name: peers[name] for name in NAMES if name in options.peers}
 
 
 def _checkpoints(folder: Path | None, scratch: Path) -> tuple[Path, Path]:
@@ -176,16 +181,18 @@ def _medians(columns: dict[int, Rates]) -> dict[str, dict[str, Any]]:
         for (name, arm), values in rates.items():
             rate = round(statistics.median(values), 2)
             row = medians.setdefault(name, {})
-            if name == "specserve":
+            if name in OURS:
                 row[str(concurrency)] = rate
             else:
                 row.setdefault(str(concurrency), {})[arm] = rate
     return medians
 
 
-def _against(medians: dict[str, dict[str, Any]], peer: str) -> dict[str, float]:
+def _against(
+    medians: dict[str, dict[str, Any]], peer: str, name: str = "specserve"
+) -> dict[str, float]:
     """Return SpecServe's rate over the peer's best arm, at each concurrency that both served."""
-    ours, theirs = medians.get("specserve", {}), medians.get(peer, {})
+    ours, theirs = medians.get(name, {}), medians.get(peer, {})
     return {c: round(ours[c] / max(theirs[c].values()), 3) for c in ours if c in theirs}
 
 

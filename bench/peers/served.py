@@ -1,4 +1,7 @@
-"""SpecServe as users have it: a real Triton server, one gRPC stream per request."""
+"""SpecServe as users have it: a real Triton server, one gRPC stream per request.
+
+Answers come step by step, or whole with the last step, as users ask for them.
+"""
 
 import asyncio
 import time
@@ -14,12 +17,17 @@ NO_END = -1
 
 
 class SpecServeServer:
-    """A running server; its policy decides the draft lengths, so there is one arm."""
+    """A running server; its policy decides the draft lengths, so there is one arm.
 
-    arms = ("specserve",)
+    Args:
+        streams: a response with every step; else one, with the last.
+    """
+
     max_concurrency = 64
 
-    def __init__(self, server: Served) -> None:
+    def __init__(self, server: Served, *, streams: bool = True) -> None:
+        self.arms = ("specserve" if streams else "specserve_whole",)
+        self._streams = streams
         self._address = f"127.0.0.1:{server.grpc_port}"
 
     def run(self, arm: str, load: Load) -> Run:
@@ -37,7 +45,7 @@ class SpecServeServer:
                         "input_ids": load.prompts[i],
                         "max_tokens": load.max_tokens,
                         "end_id": NO_END,
-                        "stream": True,
+                        "stream": self._streams,
                         "return_num_output_tokens": True,
                     }
                     answers[i] = await stream(client, "specserve", tensors)
