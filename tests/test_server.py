@@ -855,7 +855,7 @@ def test_grpc_client_who_waits_in_silence_may_leave(server: Served, model: str) 
         wait_until(lambda: requests_of(server) == (num_calls, 0), "all calls run")
     wait_until_idle(server)
     spent = server.metrics()["specserve_output_tokens_total"] - before
-    assert spent < num_calls * max_tokens / 2, "calls ran on without their client"
+    assert spent < num_calls * max_tokens / 4, "calls ran on without their client"
 
 
 @EVERY_MODEL
