@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specserve.batch import Row
+from specserve.config import Config
 from specserve.optimum import best_total
+from specserve.predictor import measure
 from specserve.predictor.acceptance import (
     NUM_JUDGE,
     NUM_SCOUT,
@@ -30,6 +32,7 @@ from specserve.predictor.profile import DraftSample, Profile, VerifySample
 from specserve.predictor.prompts import NO_PROMPTS, Prompts, PromptTime
 from specserve.predictor.roofline import Roofline
 from specserve.predictor.step_time import Correction, StepTimeModel, lower_envelope
+from specserve.predictor.store import load_or_measure
 from specserve.telemetry.state import DeviceState, ScriptedTelemetry
 
 TRUTH = Roofline(overhead=1e-3, weights=20e-3, kv=1e-6, flops=1e-3, knee=4.0)
@@ -259,6 +262,23 @@ def test_profile_loads_back_equal(tmp_path: Path) -> None:
 def test_a_profile_of_something_else_is_refused(marks: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="run `specserve profile` again"):
         make_profile().check(marks)
+
+
+def test_a_version_that_measures_other_points_measures_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_engines: Path
+) -> None:
+    """It served with what an older one had stored, which knew less."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measured: list[str] = []
+
+    def measure_now(marks: dict[str, str]) -> Profile:
+        measured.append(marks["points"])
+        return replace(make_profile(), fingerprint=marks)
+
+    for points in (measure.POINTS, measure.POINTS, measure.POINTS[:-1]):
+        monkeypatch.setattr(measure, "POINTS", points)
+        load_or_measure(Config(), measure_now)
+    assert len(measured) == len(set(measured)) == 2
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"format": 2}', '{"format": 1, "verify": []}'])

@@ -1,5 +1,6 @@
 """`specserve profile`: time the running engines through the interface that serves."""
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from specserve.batch import Batch, Row
 from specserve.block_manager import BlockManager
 from specserve.engines import DraftEngine, EngineInfo, TargetEngine
 from specserve.predictor.acceptance import JUDGE_COEFFICIENTS, SCOUT_COEFFICIENTS
-from specserve.predictor.profile import DraftSample, Profile, VerifySample
+from specserve.predictor.profile import MORE_S, DraftSample, Profile, VerifySample
 from specserve.stop_rules import ValueRule
 
 # Every small one: kernels for a CPU work on a few rows at a time, and between 4 and 5 tokens a
@@ -30,6 +31,10 @@ PROMPT_SIZES = (16, 64, 128, 256)
 DRAFT_ROWS = (1, 2, 4, 8, 16, 32)
 DRAFT_LENGTHS = (1, 4, 8)
 DRAFT_CATCH_UPS = (16, 128)
+POINTS = (
+    VERIFY_SIZES, PROMPT_SIDES, CHANGED_SIZES, PROMPT_SIZES,
+    DRAFT_ROWS, DRAFT_LENGTHS, DRAFT_CATCH_UPS, MORE_S,
+)  # fmt: skip
 CHUNK = SPARE = 128  # tokens of a prompt that fills a row, and of room behind its context
 Timed = tuple[VerifySample | DraftSample, float]  # the sample is a key, without seconds
 
@@ -59,6 +64,11 @@ class Effort:
 
 
 QUICK = Effort(num_rounds=2, num_rows=16, context_tokens=(16, 160), budget_s=10.0)
+
+
+def points_mark() -> str:
+    """Return a mark of what is measured, which a profile of an older version does not have."""
+    return hashlib.sha256(repr(POINTS).encode()).hexdigest()[:8]
 
 
 def measure(

@@ -11,6 +11,7 @@ from pathlib import Path
 from specserve import manifest
 from specserve.config import Config
 from specserve.cpu import cpu_name
+from specserve.predictor.measure import points_mark
 from specserve.predictor.profile import Profile
 from specserve.telemetry import uses_gpu
 from specserve.telemetry.reading import Reading
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 def fingerprint(config: Config, reading: Reading | None = None) -> dict[str, str]:
     """Say what step times depend on: device, engine, precision, threads, versions, pair.
+
+    And of what they were measured: a version that measures more needs more.
 
     Args:
         reading: of the GPUs that the engines run on.
@@ -36,6 +39,7 @@ def fingerprint(config: Config, reading: Reading | None = None) -> dict[str, str
         "num_threads": str(engine.num_threads),
         "unpacked_from": str(engine.unpacked_from),
         "block_size": str(engine.block_size),
+        "points": points_mark(),
         **{f"{role}_source": m.source.sha256 for role, m in pair.items()},
         **{f"{role}_parameters": str(m.num_parameters) for role, m in pair.items()},
         **{f"{role}_weights": m.precision for role, m in pair.items()},
