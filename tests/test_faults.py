@@ -100,8 +100,9 @@ class Faults:
 
     def tell(self, model: str, fault: str) -> int:
         """Have a model misbehave at its next call."""
+        pid = self.served.process.model_pids()[model]  # first: the fault may end it at once
         (self._folder / model).write_text(fault)
-        return self.served.process.model_pids()[model]
+        return pid
 
     def starve(self, model: str) -> int:
         """Leave a model's process no more memory than it has, and give it a long prompt."""
