@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from bench.outcome import FAILED, FINISHED, REJECTED, Outcome
 from bench.served import Served, serving
 from bench.step_traces import merged, steps_of
 from bench.through_server import ThroughServer
+from bench.tool_cache import Tool
 from bench.workloads.plan import Plan, PlannedRequest
 from specserve.admission import Rejected
 from specserve.config import load_config
@@ -189,6 +191,32 @@ def test_perf_analyzer_sends_the_plan(server: Served) -> None:
     assert all(outcome.attained for outcome in outcomes)
     late_s = [outcome.sent_s - outcome.request.arrival_s for outcome in outcomes]
     assert min(late_s) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("num_empty", [0, 2, perf_analyzer.MAX_RUNS])
+def test_perf_analyzer_runs_again_when_its_export_is_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_empty: int
+) -> None:
+    record = {"timestamp": 10**18, "response_timestamps": [10**18 + 10**9],
+              "response_outputs": [{"num_output_tokens": 5}]}  # fmt: skip
+    program, export = tmp_path / "program", {"experiments": [{"requests": [record]}]}
+    program.write_text(f"""#!{sys.executable}
+import pathlib, sys
+runs = pathlib.Path({str(tmp_path / "runs")!r})
+num_runs = len(runs.read_text()) if runs.exists() else 0
+runs.write_text("x" * (num_runs + 1))
+text = {json.dumps(export)!r} if num_runs >= {num_empty} else ""
+pathlib.Path(sys.argv[sys.argv.index("--profile-export-file") + 1]).write_text(text)
+""")
+    program.chmod(0o755)
+    monkeypatch.setattr(perf_analyzer, "perf_analyzer", lambda: Tool(program, {}))
+    if num_empty < perf_analyzer.MAX_RUNS:
+        (outcome,) = perf_analyzer.replay("nowhere", "specserve", requests_of(1))
+        assert (outcome.ending, outcome.ttft_s) == (FINISHED, pytest.approx(1.0))
+    else:
+        with pytest.raises(RuntimeError, match="empty in 4 runs"):
+            perf_analyzer.replay("nowhere", "specserve", requests_of(1))
+    assert len((tmp_path / "runs").read_text()) == min(num_empty + 1, perf_analyzer.MAX_RUNS)
 
 
 def test_perf_analyzer_export_is_read_in_order_of_sending() -> None:
