@@ -6,6 +6,7 @@ definitions apply to what it saw.
 
 import itertools
 import json
+import logging
 import os
 import subprocess
 import tempfile
@@ -17,6 +18,8 @@ from bench.load_generator import tensors_of
 from bench.outcome import FINISHED, Outcome
 from bench.tool_cache import perf_analyzer
 from bench.workloads.plan import PlannedRequest
+
+logger = logging.getLogger(__name__)
 
 MAX_RUNS = 4
 
@@ -50,6 +53,7 @@ def replay(address: str, model: str, requests: Sequence[PlannedRequest]) -> list
             text = export.read_text()
             if text:
                 return outcomes_of(json.loads(text), requests)
+            logger.warning("perf_analyzer's export is empty: this run does not count")
     raise RuntimeError(f"perf_analyzer's export was empty in {MAX_RUNS} runs: try again")
 
 

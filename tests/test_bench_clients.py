@@ -195,7 +195,10 @@ def test_perf_analyzer_sends_the_plan(server: Served) -> None:
 
 @pytest.mark.parametrize("num_empty", [0, 2, perf_analyzer.MAX_RUNS])
 def test_perf_analyzer_runs_again_when_its_export_is_empty(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_empty: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    num_empty: int,
 ) -> None:
     record = {"timestamp": 10**18, "response_timestamps": [10**18 + 10**9],
               "response_outputs": [{"num_output_tokens": 5}]}  # fmt: skip
@@ -217,6 +220,7 @@ pathlib.Path(sys.argv[sys.argv.index("--profile-export-file") + 1]).write_text(t
         with pytest.raises(RuntimeError, match="empty in 4 runs"):
             perf_analyzer.replay("nowhere", "specserve", requests_of(1))
     assert len((tmp_path / "runs").read_text()) == min(num_empty + 1, perf_analyzer.MAX_RUNS)
+    assert len(caplog.records) == num_empty, "it sent again without a word"
 
 
 def test_perf_analyzer_export_is_read_in_order_of_sending() -> None:

@@ -304,9 +304,12 @@ def test_half_a_stop_word_at_the_end_is_text(server: Served, long_text: str, str
 
 
 def test_stop_word_frees_the_request(server: Served, long_text: str) -> None:
-    words = [long_text[5:14]]
-    grpc_one(server, "ensemble", text_input=CODE, max_tokens=4000, stop_words=words)
+    words, max_tokens = [long_text[5:14]], 4000
+    before = server.metrics()["specserve_output_tokens_total"]
+    grpc_one(server, "ensemble", text_input=CODE, max_tokens=max_tokens, stop_words=words)
     wait_until_idle(server)
+    spent = server.metrics()["specserve_output_tokens_total"] - before
+    assert spent < max_tokens / 4, "it ran on behind its stop word"
 
 
 # Weights that make the four bytes of one emoji, a token each, come in their order; a frequency

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 def fingerprint(config: Config, reading: Reading | None = None) -> dict[str, str]:
     """Say what step times depend on: device, engine, precision, threads, versions, pair.
 
-    And of what they were measured: a version that measures more needs more.
+    And at which points they were measured: a profile of an older version may lack some.
 
     Args:
         reading: of the GPUs that the engines run on.
